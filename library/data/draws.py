@@ -1,0 +1,16 @@
+"""Every random number that touches a sample, from a counter-based generator.
+
+The numbers depend on (seed, sample, visit, purpose) alone: not on the device, the number of processes, or on
+what was drawn before. So a restart, another process count or another kind of device sees the same noise.
+Generator: Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+"""
+
+import numpy as np
+
+AUGMENT, CAPTION, LATENT, NOISE, TIMESTEP, ORDER, PASS, SUBSET = range(8)    # purposes: streams that never meet
+
+
+def generator(seed: int, sample: int, visit: int, purpose: int) -> np.random.Generator:
+    """The generator of one purpose for one visit of one sample. All arguments are >= 0 and < 2**64."""
+    # The low counter words count the numbers drawn; the high ones tell visits and purposes apart.
+    return np.random.Generator(np.random.Philox(key=(seed, sample), counter=(0, 0, visit, purpose)))

@@ -1,0 +1,49 @@
+"""Exponential moving average of weights, with the warm-up of diffusers' `EMAModel`."""
+
+import contextlib
+
+import torch
+
+
+class EMA:
+    """float32 averages of a network's parameters by name, on their device.
+
+    After n updates the decay was min(most, (1 + s) / (10 + s)) with s = n - 1, so that the first update copies.
+    """
+
+    def __init__(self, network: torch.nn.Module, most: float):
+        self.most, self.updates = most, 0
+        self.averages = {name: p.detach().clone().float() for name, p in network.named_parameters()}
+
+    def decay(self) -> float:
+        """Decay of the latest update."""
+        step = max(self.updates - 1, 0)
+        return 0.0 if step == 0 else min(self.most, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, network: torch.nn.Module) -> None:
+        self.updates += 1
+        now = [p.detach().float() for p in network.parameters()]
+        torch._foreach_lerp_(list(self.averages.values()), now, 1 - self.decay())
+
+    @torch.no_grad()
+    def load(self, averages: dict[str, torch.Tensor], updates: int) -> None:
+        self.updates = updates
+        for name, average in self.averages.items():
+            average.copy_(averages[name])
+
+    @contextlib.contextmanager
+    def applied(self, network: torch.nn.Module):
+        """Within this context the network holds the averages."""
+        own = {name: p.detach().clone() for name, p in network.named_parameters()}
+        _copy(self.averages, network)
+        try:
+            yield
+        finally:
+            _copy(own, network)
+
+
+@torch.no_grad()
+def _copy(values: dict[str, torch.Tensor], network: torch.nn.Module) -> None:
+    for name, parameter in network.named_parameters():
+        parameter.copy_(values[name])

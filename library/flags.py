@@ -1,0 +1,231 @@
+"""Every flag that two or more scripts share, declared once and grouped for --help.
+
+Standard library only: `--help` and every mistake in a command line are answered before torch is imported.
+diffusers' names are used where diffusers has the flag; `dialects.py` knows the other trainers' names.
+"""
+
+import argparse
+
+from library.parser import COUNT, FRACTION, NOT_NEGATIVE, SIZE_STEP, Parser, number, size, switch
+
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+                 "piecewise_constant", "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay")
+OPTIMIZERS = ("adamw", "adamw_fused", "adamw_8bit", "adafactor")
+
+
+def add_model_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--pretrained_model_name_or_path", required=True, metavar="MODEL",
+        help="base model: a diffusers folder, a hub id, or one .safetensors/.ckpt file")
+    add("--pretrained_vae_model_name_or_path", metavar="VAE", help="another VAE: a folder, a hub id or one file")
+    add("--revision", help="revision of the base model (and of the VAE) on the hub")
+    add("--variant", help="variant of the weight files, such as fp16")
+    add("--single_file_config", metavar="MODEL", default="stabilityai/stable-diffusion-xl-base-1.0",
+        help="where a single-file base takes its configs and tokenizers from: a diffusers folder or hub id")
+    add("--tokenizer1_path", metavar="PATH", help="another folder or hub id for the first tokenizer")
+    add("--tokenizer2_path", metavar="PATH", help="another folder or hub id for the second tokenizer")
+    add("--max_token_length", type=int, choices=(75, 77, 150, 225, 512), default=77, metavar="N",
+        help="prompt tokens read: 77 (the model's own), or 150, 225, 512 in pieces of 75 as kohya does")
+    add("--vae_dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
+        help="precision of the VAE; SDXL's own VAE overflows in fp16")
+    switch(group, "gradient_checkpointing", "recompute activations in the backward pass: less memory, more time")
+    switch(group, "enable_xformers_memory_efficient_attention", "attention by xformers (CUDA and ROCm)")
+    switch(group, "enable_npu_flash_attention", "fused attention by torch_npu (Ascend)")
+
+
+def add_data_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--train_data_dir", metavar="DIR", help="folder of images; captions from .txt/.caption files beside them, "
+        "metadata.jsonl/.csv, or else the file names")
+    add("--dataset_name", metavar="NAME",
+        help="data set for the datasets library: a hub id, a local folder or a parquet file")
+    add("--dataset_config_name", metavar="NAME", help="config of that data set")
+    add("--cache_dir", metavar="DIR", help="where the datasets library keeps its downloads")
+    add("--image_column", default="image", metavar="NAME", help="column that holds the image")
+    add("--caption_column", default="text", metavar="NAME",
+        help="column that holds the caption, or a list of captions of which each visit takes one")
+    add("--caption_extension", metavar="EXT", help="extension of the caption files (default: .txt, then .caption)")
+    add("--max_train_samples", type=COUNT, metavar="N", help="use N images, chosen at random by the seed")
+    add("--resolution", type=size, default=(1024, 1024), metavar="SIZE",
+        help="size of the training images: 1024, or 1024,768")
+    switch(group, "center_crop", "cut the middle out of the resized image; without it the place is random")
+    switch(group, "random_crop", "with buckets: cut at a random place instead of the middle")
+    switch(group, "random_flip", "mirror images at random, half of the visits")
+    add("--image_interpolation_mode", default="lanczos", choices=("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+        metavar="MODE", help="how images are resized: nearest, bilinear, bicubic, box, hamming, lanczos")
+    switch(group, "enable_bucket", "sort images into buckets of different aspect ratio instead of cutting them square")
+    add("--min_bucket_reso", type=COUNT, default=256, metavar="PX", help="shortest side of a bucket")
+    add("--max_bucket_reso", type=COUNT, default=1024, metavar="PX", help="longest side of a bucket")
+    add("--bucket_reso_steps", type=number(int, low=SIZE_STEP), default=64, metavar="PX",
+        help="buckets' sides are multiples of this")
+    switch(group, "bucket_no_upscale", "never enlarge: small images get a bucket of their own size")
+    switch(group, "shuffle_caption", "shuffle the comma-separated tags of a caption")
+    add("--keep_tokens", type=number(int, low=0), default=0, metavar="N",
+        help="first N tags stay in place when shuffled")
+    add("--proportion_empty_prompts", type=FRACTION, default=0.0, metavar="P",
+        help="share of captions replaced by the empty prompt, drawn anew at each visit")
+    switch(group, "skip_bad_images", "leave out images that cannot be read (and say how many) instead of stopping")
+    add("--dataloader_num_workers", type=number(int, low=0), default=0, metavar="N",
+        help="threads that prepare batches ahead; 0 prepares the next one while the device computes")
+
+
+def add_cache_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("embedding cache")
+    add = group.add_argument
+    switch(group, "cache_latents", "encode images once and keep the latents on disk", default=True)
+    switch(group, "cache_text_encoder_outputs", "encode captions once and keep the result on disk", default=True)
+    add("--embedding_cache_dir", metavar="DIR", help="where both are kept (default: OUTPUT_DIR/cache)")
+    add("--cache_variants", type=COUNT, default=4, metavar="N",
+        help="different random crops (and tag orders) kept of each image; visits take them in turn")
+    add("--vae_batch_size", type=COUNT, default=4, metavar="N", help="images encoded at once")
+    add("--text_encoder_batch_size", type=COUNT, default=16, metavar="N", help="captions encoded at once")
+
+
+def add_training_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--train_batch_size", type=COUNT, default=16, metavar="N", help="images a device takes at once")
+    add("--gradient_accumulation_steps", type=COUNT, default=1, metavar="N",
+        help="batches added up for one optimizer step")
+    add("--num_train_epochs", type=COUNT, default=100, metavar="N", help="how often each image is seen")
+    add("--max_train_steps", type=COUNT, metavar="N", help="optimizer steps; overrides --num_train_epochs")
+    add("--learning_rate", type=NOT_NEGATIVE, default=1e-4, metavar="LR", help="peak learning rate")
+    switch(group, "scale_lr", "multiply the learning rate by accumulation x batch x processes")
+    switch(group, "train_text_encoder", "also train both text encoders (their cache is then off)")
+    add("--learning_rate_te1", type=NOT_NEGATIVE, metavar="LR", 
+        help="rate of text encoder 1 (default: --learning_rate; 0 freezes it)")
+    add("--learning_rate_te2", type=NOT_NEGATIVE, metavar="LR", 
+        help="rate of text encoder 2 (default: --learning_rate; 0 freezes it)")
+    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, metavar="NAME", help=", ".join(LR_SCHEDULERS))
+    add("--lr_warmup_steps", type=NOT_NEGATIVE, default=500, metavar="N",
+        help="optimizer steps of warm-up, or a share of the run if below 1; `constant` has none")
+    add("--lr_num_cycles", type=COUNT, default=1, metavar="N", help="cosine_with_restarts: number of cycles")
+    add("--lr_power", type=NOT_NEGATIVE, default=1.0, metavar="P", help="polynomial: its power")
+    add("--lr_scheduler_min_lr_ratio", type=FRACTION, default=0.0, metavar="R",
+        help="cosine_with_min_lr, warmup_stable_decay: last rate over the peak")
+    add("--lr_decay_steps", type=NOT_NEGATIVE, default=0, metavar="N",
+        help="warmup_stable_decay: length of the decay, or a share if below 1")
+    add("--lr_scheduler_timescale", type=COUNT, metavar="N", help="inverse_sqrt: its time scale (default: the warm-up)")
+    add("--lr_step_rules", metavar="RULES",
+        help="piecewise_constant: `1:10,0.1:20,0.01` is x1 to step 10, x0.1 to step 20, then x0.01")
+    add("--max_grad_norm", type=NOT_NEGATIVE, default=1.0, metavar="NORM",
+        help="gradients are scaled down to this norm; 0 leaves them")
+
+
+def add_optimizer_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("optimizer")
+    add = group.add_argument
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, metavar="NAME",
+        help="adamw (fused where the device has it), adamw_fused, adamw_8bit (bitsandbytes), adafactor")
+    switch(group, "use_8bit_adam", "the same as --optimizer adamw_8bit")
+    add("--adam_beta1", type=FRACTION, default=0.9, metavar="B", help="AdamW: decay of the first moment")
+    add("--adam_beta2", type=FRACTION, default=0.999, metavar="B", help="AdamW: decay of the second moment")
+    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2, metavar="W", help="weight decay, of Adafactor too")
+    add("--adam_epsilon", type=NOT_NEGATIVE, default=1e-8, metavar="E", help="AdamW: added to the denominator")
+    switch(group, "allow_tf32", "let NVIDIA GPUs multiply float32 matrices in TF32: faster, 10 bits of mantissa")
+
+
+def add_ddpm_objective_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("objective")
+    add = group.add_argument
+    add("--prediction_type", choices=("epsilon", "v_prediction"),
+        help="what the UNet predicts (default: as the base model)")
+    add("--snr_gamma", type=number(float, above=0), metavar="G",
+        help="min-SNR loss weighting; the paper's value is 5.0")
+    add("--noise_offset", type=NOT_NEGATIVE, default=0.0, metavar="S",
+        help="strength of noise that shifts a whole channel")
+    switch(group, "zero_terminal_snr", "rescale the noise schedule so that its last step is pure noise")
+    add("--timestep_bias_strategy", default="none", choices=("earlier", "later", "range", "none"),
+        help="which timesteps are drawn more often: the last or first share, or a range")
+    add("--timestep_bias_multiplier", type=number(float, above=0), default=1.0, metavar="M", help="how much more often")
+    add("--timestep_bias_begin", type=number(int, low=0), default=0, metavar="T", help="range: first timestep")
+    add("--timestep_bias_end", type=number(int, low=1), default=1000, metavar="T",
+        help="range: the timestep after its last")
+    add("--timestep_bias_portion", type=FRACTION, default=0.25, metavar="P",
+        help="earlier, later: share of all timesteps")
+    switch(group, "use_ema", "also keep an exponential average of the weights; it is what validation and output use")
+    add("--ema_decay", type=FRACTION, default=0.9999, metavar="D", help="largest decay of that average")
+
+
+def add_checkpoint_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("checkpoints and output")
+    add = group.add_argument
+    add("--output_dir", default="sdxl-model-finetuned", metavar="DIR", help="where everything is written")
+    add("--checkpointing_steps", type=COUNT, default=500, metavar="N",
+        help="optimizer steps between checkpoints to resume from")
+    add("--checkpoints_total_limit", type=COUNT, metavar="N", help="keep the newest N of them (default: all)")
+    add("--resume_from_checkpoint", metavar="NAME", help="`latest`, a name in OUTPUT_DIR, or the path of a checkpoint")
+    add("--output_name", default="last", metavar="NAME", help="name of saved models that are one file or numbered")
+    add("--save_every_n_epochs", type=COUNT, metavar="N", help="also save the model, ready to use, every N epochs")
+    add("--save_every_n_steps", type=COUNT, metavar="N",
+        help="also save the model, ready to use, every N optimizer steps")
+    add("--save_model_as", default="diffusers", choices=("diffusers", "safetensors", "ckpt"),
+        help="a diffusers folder, or one file that kohya, ComfyUI and A1111 read")
+    add("--save_precision", choices=("float", "fp16", "bf16"), help="precision of saved models (default: as trained)")
+    switch(group, "push_to_hub", "upload the finished model to the Hugging Face hub")
+    add("--hub_model_id", metavar="ID", help="name of the repository there (default: the name of OUTPUT_DIR)")
+    add("--hub_token", metavar="TOKEN", help="access token of the hub (default: the one of `hf auth login`)")
+
+
+def add_runtime_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--config_file", metavar="FILE", help="flags from a .json or .toml file; the command line goes before it")
+    add("--seed", type=number(int, low=0, high=2**63 - 1), metavar="N",
+        help="fixes the whole run (default: drawn, and written down)")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"),
+        help="precision of the forward pass (default: accelerate's)")
+    add("--local_rank", type=int, default=-1, metavar="N",
+        help="set by torch.distributed.launch; LOCAL_RANK goes before it")
+    add("--report_to", default="tensorboard", metavar="NAME", choices=("tensorboard", "wandb", "all", "none"),
+        help="tensorboard, wandb, all or none")
+    add("--logging_dir", default="logs", metavar="DIR", help="folder of TensorBoard's files, inside OUTPUT_DIR")
+    add("--tracker_project_name", default="text2image-fine-tune", metavar="NAME",
+        help="name of the project in the trackers")
+    add("--logging_steps", type=COUNT, default=10, metavar="N", help="optimizer steps between two lines of the log")
+
+
+def add_validation_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("validation")
+    add = group.add_argument
+    add("--validation_prompt", nargs="+", default=[], metavar="PROMPT", help="draw these prompts while training")
+    add("--validation_negative_prompt", metavar="PROMPT", help="what those images should not show")
+    add("--num_validation_images", type=COUNT, default=4, metavar="N", help="images a prompt and size")
+    add("--validation_epochs", type=COUNT, default=1, metavar="N", help="epochs between two validations")
+    add("--validation_steps", type=COUNT, metavar="N",
+        help="optimizer steps between two; overrides --validation_epochs")
+    add("--validation_resolution", nargs="+", type=size, metavar="SIZE",
+        help="sizes of the images (default: --resolution)")
+    add("--validation_num_inference_steps", type=COUNT, default=25, metavar="N", help="denoising steps")
+    add("--validation_guidance", type=NOT_NEGATIVE, default=5.0, metavar="G", help="classifier-free guidance scale")
+    add("--validation_seed", type=number(int, low=0), metavar="N", help="seed of the images (default: --seed)")
+
+
+def check(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other, all of them in one sentence."""
+    faults = []
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        faults.append("give either --train_data_dir (a folder) or --dataset_name")
+    if args.center_crop and args.random_crop:
+        faults.append("--center_crop and --random_crop exclude each other")
+    if args.enable_bucket and args.bucket_reso_steps % SIZE_STEP:
+        faults.append(f"--bucket_reso_steps {args.bucket_reso_steps} must be a multiple of {SIZE_STEP}")
+    for name in ("random_crop", "bucket_no_upscale"):
+        if getattr(args, name) and not args.enable_bucket:
+            faults.append(f"--{name} needs --enable_bucket")
+    if args.keep_tokens and not args.shuffle_caption:
+        faults.append("--keep_tokens needs --shuffle_caption")
+    if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw_8bit"):
+        faults.append(f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other")
+    for name in ("learning_rate_te1", "learning_rate_te2"):
+        if getattr(args, name) is not None and not args.train_text_encoder:
+            faults.append(f"--{name} needs --train_text_encoder")
+    if args.push_to_hub and args.save_model_as != "diffusers":
+        faults.append("--push_to_hub needs --save_model_as diffusers")
+    if args.zero_terminal_snr and args.prediction_type == "epsilon":
+        faults.append("--zero_terminal_snr needs --prediction_type v_prediction: at pure noise, epsilon says nothing "
+                      "of the image")
+    if faults:
+        parser.error("; ".join(faults))

@@ -1,0 +1,78 @@
+"""A base model by name -> files on this machine: a diffusers folder, one file, or a hub id that is fetched."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from library.errors import UserError
+
+SINGLE_FILE = (".safetensors", ".ckpt")
+_OTHER_FORMATS = ("*.bin", "*.onnx*", "*.msgpack", "*openvino*", "*.h5", "*.fp16.*", "*.non_ema.*")
+
+
+def find_model(name: str, flag: str, parts: tuple[str, ...], revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder or single file of a model. A hub id is fetched first: only `parts`, only one kind of weights.
+
+    Raises `UserError` when nothing of that name exists, or a folder lacks one of the parts.
+    """
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in SINGLE_FILE:
+            raise UserError(f"{flag}: {name} is a file, but neither .safetensors nor .ckpt")
+        return path
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.suffix in SINGLE_FILE:
+            raise UserError(f"{flag}: there is no file or folder {name}")
+        path = _fetch(name, flag, parts, revision, variant)
+    missing = [part for part in parts if not (path / part).is_dir()]
+    if missing:
+        raise UserError(f"{flag}: {name} lacks {', '.join(missing)}; a diffusers folder of SDXL has {', '.join(parts)}")
+    return path
+
+
+def _fetch(name: str, flag: str, parts: tuple[str, ...], revision: str | None, variant: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    ignore = [pattern for pattern in _OTHER_FORMATS if not variant or pattern != f"*.{variant}.*"]
+    wanted = [f"{part}/*" for part in parts] + ["*.json"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignore))
+    except Exception as error:    # no network, no such repository, no right to read it: the hub says which
+        raise UserError(f"{flag}: {name} is neither a folder here nor to be had from the hub: {error}") from error
+
+
+def fingerprint(paths: list[Path], memo: Path) -> str:
+    """Hash of all files in `paths` (files, or folders with theirs): what makes a cached tensor stale.
+
+    `memo` remembers the hash of files whose size, mtime and ctime are unchanged: weights are read once.
+    """
+    try:
+        known = json.loads(memo.read_text())
+    except (OSError, ValueError):
+        known = {}
+    total = hashlib.blake2b(digest_size=16)
+    fresh = {}
+    for path in paths:
+        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+            status = file.stat()
+            stamp = f"{file.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+            fresh[stamp] = known.get(stamp) or _hash(file)
+            total.update(f"{file.name} {fresh[stamp]}".encode())
+    if not fresh.keys() <= known.keys():
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        partial = memo.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(json.dumps(known | fresh))
+        os.replace(partial, memo)
+    return total.hexdigest()
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "blake2b").hexdigest() if hasattr(hashlib, "file_digest") else _hash_blocks(opened)
+
+
+def _hash_blocks(opened) -> str:
+    digest = hashlib.blake2b()    # Python 3.10 has no file_digest
+    while block := opened.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

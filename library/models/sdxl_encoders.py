@@ -1,0 +1,130 @@
+"""SDXL's frozen side, VAE and text encoders: loaded when something is to be encoded, freed when all is cached."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from library.data.cache import make_key
+from library.data.loader import PromptSource
+from library.data.prepare import prompt_key
+from library.diffusion.latents import latent_scale
+from library.models import sdxl
+from library.models.locate import fingerprint
+from library.training import devices
+
+FORMAT = 1    # of what is stored: a change here makes every cached tensor stale
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, encoded: hidden [1, L, D] and pooled [1, P], on the CPU."""
+
+    text: str
+    hidden: torch.Tensor
+    pooled: torch.Tensor
+
+
+class Encoders:
+    """VAE, tokenizers and text encoders of a base model, each loaded when first asked for.
+
+    checkpoint: where text encoders that are trained come from, if a run goes on.
+    """
+
+    def __init__(self, args, base: sdxl.Base, accelerator, checkpoint: Path | None = None):
+        self.base, self.device, self.length = base, accelerator.device, args.max_token_length
+        self.trained = args.train_text_encoder
+        self.vae_dtype = sdxl.DTYPES[args.vae_dtype]
+        # what is trained stays float32
+        self.text_dtype = torch.float32 if self.trained else sdxl.DTYPES[accelerator.mixed_precision]
+        self.truncated: set[str] = set()    # prompts longer than `length`
+        self._vae, self._tokenizers, self._text_encoders, self._checkpoint = None, None, None, checkpoint
+
+    @property
+    def vae(self):
+        if self._vae is None:
+            layout = devices.memory_format(self.device.type)
+            self._vae = sdxl.load_part(self.base, "vae", self.vae_dtype).to(self.device, memory_format=layout)
+        return self._vae
+
+    @property
+    def tokenizers(self) -> list:
+        if self._tokenizers is None:
+            self._tokenizers = sdxl.load_tokenizers(self.base)
+        return self._tokenizers
+
+    @property
+    def text_encoders(self) -> list:
+        if self._text_encoders is None:
+            loaded = sdxl.load_text_encoders(self.base, self.text_dtype, self._checkpoint if self.trained else None)
+            self._text_encoders = [encoder.to(self.device) for encoder in loaded]
+        return self._text_encoders
+
+    def free(self, vae: bool, text: bool) -> None:
+        """Give back the memory of what is done."""
+        self._vae = None if vae else self._vae
+        if text:
+            self._tokenizers = self._text_encoders = None
+        devices.free_memory(self.device.type)
+
+    def latent_recipe(self, memo: Path, mode: str) -> str:
+        """What, beside image and cut, decides the latents."""
+        files = fingerprint(self.base.files("vae"), memo)
+        return make_key(FORMAT, files, self.base.variant, self.vae_dtype, mode).decode()
+
+    def prompt_recipe(self, memo: Path) -> str:
+        """What, beside the prompt, decides its embeddings."""
+        files = fingerprint(self.base.files("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), memo)
+        return make_key(FORMAT, files, self.base.variant, self.text_dtype, self.length).decode()
+
+    @torch.no_grad()
+    def encode_images(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """[B, H, W, 3] uint8 -> moments [B, 2 C, H/8, W/8] float32 on the CPU: mean and standard deviation."""
+        pixels = pixels.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = pixels.contiguous(memory_format=devices.memory_format(self.device.type))
+        return {"moments": sdxl.encode_images(self.vae, pixels).cpu()}
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Prompts -> hidden [B, L, D] and pooled [B, P] on the CPU, in the encoders' precision."""
+        self.note_long(prompts)
+        hidden, pooled = sdxl.encode_prompts(self.tokenize(prompts), self.text_encoders)
+        return {"hidden": hidden.cpu(), "pooled": pooled.cpu()}
+
+    def tokenize(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        return sdxl.tokenize(prompts, self.tokenizers, self.length)
+
+    def note_long(self, prompts: list[str]) -> None:
+        """Remember the prompts that will be cut off."""
+        limit = max(1, self.length // sdxl.PIECE) * sdxl.PIECE
+        for prompt, ids in zip(prompts, sdxl.token_ids(prompts, self.tokenizers[0]), strict=True):
+            if len(ids) > limit:
+                self.truncated.add(prompt)
+
+    def complete(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Encode what of a batch on the device was not cached: latents [B, C, h, w] and prompt embeddings."""
+        if "pixels" in batch:
+            shift, scale = (values.to(self.device) for values in latent_scale(self.vae.config))
+            with torch.no_grad():
+                mean, std = sdxl.encode_images(self.vae, batch["pixels"]).chunk(2, dim=1)
+            batch["latents"] = (mean + std * batch["latent_draw"] - shift) * scale
+        if "input_ids" in batch:
+            with torch.set_grad_enabled(self.trained):
+                batch["prompt_embeds"], batch["pooled_prompt_embeds"] = sdxl.encode_prompts(batch, self.text_encoders)
+        return batch
+
+    def shown(self, args, prompts: PromptSource, encoded_null: bool) -> tuple[list[Prompt], Prompt]:
+        """Validation's prompts, and what guidance starts from: the negative prompt, the encoded empty one, or zeros."""
+        *positive, negative = self.prompts([*args.validation_prompt, args.validation_negative_prompt or ""], prompts)
+        if not (encoded_null or args.validation_negative_prompt):
+            negative = Prompt("", torch.zeros_like(negative.hidden), torch.zeros_like(negative.pooled))
+        return positive, negative
+
+    def prompts(self, texts: list[str], source: PromptSource) -> list[Prompt]:
+        """Prompts ready to be drawn; from the store if they are cached."""
+        if source.store:
+            fields = [{name: source.store.read(prompt_key(text, source.recipe), name)[None] for name in ("hidden", "pooled")}
+                      for text in texts]
+        else:
+            fields = [self.encode_prompts([text]) for text in texts]
+        return [Prompt(text, **field) for text, field in zip(texts, fields, strict=True)]

@@ -1,0 +1,133 @@
+"""What a run of SDXL writes for use: a diffusers folder or one file; and its pipeline, for images while training."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from library.data.cache import os_error, share, sync
+from library.models import sdxl
+from library.models.sdxl import DTYPES, PARTS, Base
+from library.training import processes
+
+_LIBRARY = {"unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
+            "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
+            "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"), "tokenizer_2": ("transformers", "CLIPTokenizer"),
+            "scheduler": ("diffusers", "EulerDiscreteScheduler")}
+
+
+def with_weights(network, state: dict[str, torch.Tensor], dtype: torch.dtype | None = None):
+    """A network of the same kind on the CPU that holds `state`; without a copy where it is there already."""
+    with torch.device("meta"):
+        twin = type(network)(network.config) if hasattr(network.config, "to_dict") else type(network).from_config(network.config)
+    state = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None) for name, tensor in state.items()}
+    twin.load_state_dict(state, assign=True)
+    return twin
+
+
+def save_model(target: Path, args, base: Base, trained: dict, average, schedule) -> list[Path]:
+    """Write the model, ready for use, in the kind and precision that the flags say; the main process does.
+
+    target: a folder, or the name of a file without its ending. trained: {part: network}. With an `average` (EMA), that
+    is the UNet, and the one without averaging is kept beside it as `unet_raw` or NAME-raw. Returns what was written.
+    """
+    if not processes.is_main():
+        return []
+    dtype, kind = DTYPES[args.save_precision] if args.save_precision else None, args.save_model_as
+    states = {part: (network, network.state_dict()) for part, network in trained.items()}
+    if average:
+        unet, raw = states["unet"]
+        states |= {"unet": (unet, raw | average.averages), "unet_raw": (unet, raw)}
+    networks = {part: with_weights(network, state, dtype) for part, (network, state) in states.items()}
+    if kind == "diffusers":
+        _save_folder(target, base, networks, dtype, schedule, guides_from_encoded(args, base))
+        return [target]
+    from library.models.single_file import save_single_file
+    frozen = {part: sdxl.load_part(base, part, dtype) for part in PARTS[1:4] if part not in networks}
+    written = []
+    for unet, suffix in (("unet", ""), ("unet_raw", "-raw")):
+        if unet in networks:
+            states = {part: net.state_dict() for part, net in (frozen | networks).items() if not part.startswith("unet")}
+            path = target.with_name(f"{target.name}{suffix}.{kind}")
+            save_single_file(path, states | {"unet": networks[unet].state_dict()}, networks[unet].config, dtype,
+                             prediction_type=schedule.config.prediction_type, resolution=args.resolution,
+                             zero_terminal_snr=schedule.config.rescale_betas_zero_snr)
+            written.append(path)
+    return written
+
+
+def make_pipeline(base: Base, unet, vae, schedule):
+    """StableDiffusionXLPipeline of models in memory, for prompts that are encoded already."""
+    from diffusers import StableDiffusionXLPipeline
+    return StableDiffusionXLPipeline(
+        vae=vae, unet=unet, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+        scheduler=_sampler(base, schedule), add_watermarker=False)
+
+
+def guides_from_encoded(args, base: Base) -> bool:
+    """Whether guidance starts from the encoded empty prompt (else from zeros): it does where that was trained."""
+    return args.proportion_empty_prompts > 0 or not _index(base)["force_zeros_for_empty_prompt"]
+
+
+def _save_folder(target: Path, base: Base, networks: dict, dtype, schedule, encoded_null: bool) -> None:
+    """Each part is written beside and renamed, so that a part is never half there; model_index.json comes last."""
+    target.mkdir(parents=True, exist_ok=True)
+    staging = target / ".saving.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        for part in (*PARTS, *(name for name in networks if name not in PARTS)):
+            if part in networks:
+                networks[part].save_pretrained(staging / part)
+            elif part == "scheduler":
+                _sampler(base, schedule).save_pretrained(staging / part)
+            elif part.startswith("tokenizer"):
+                shutil.copytree(base.tokenizers[part.endswith("_2")], staging / part)
+            elif dtype is None and base.variant is None and (found := base.files(part)[0]).is_dir():
+                shutil.copytree(found, staging / part)
+            else:
+                sdxl.load_part(base, part, dtype).save_pretrained(staging / part)
+        for path in sorted(staging.rglob("*")):
+            if path.is_file():
+                share(path)
+            sync(path)
+        for part in sorted(staging.iterdir()):
+            _replace_folder(part, target / part.name)
+        index = _index(base) | {"force_zeros_for_empty_prompt": not encoded_null}
+        (staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        os.replace(staging / "model_index.json", target / "model_index.json")
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":    # its writer reports a full disk so
+            raise OSError(*os_error(error), str(target)) from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    old = new.with_name(f"{new.name}.old")
+    if target.exists():
+        os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _index(base: Base) -> dict:
+    """model_index.json of the base, or the usual one of SDXL."""
+    usual = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.42.1", "force_zeros_for_empty_prompt": True,
+             **{part: list(kind) for part, kind in _LIBRARY.items()}}
+    path = base.configs / "model_index.json"
+    own = json.loads(path.read_text()) if path.is_file() else {}
+    return usual | {name: value for name, value in own.items() if name in usual}
+
+
+def _sampler(base: Base, schedule):
+    """The base model's own scheduler, with what training changed of the noise schedule."""
+    import diffusers
+    name = _index(base)["scheduler"][1]
+    changes = {key: schedule.config[key] for key in ("prediction_type", "rescale_betas_zero_snr")}
+    if schedule.config.rescale_betas_zero_snr:
+        changes["timestep_spacing"] = "trailing"
+    kind = getattr(diffusers, name)
+    return kind.from_config(kind.load_config(base.configs, subfolder="scheduler", local_files_only=True), **changes)

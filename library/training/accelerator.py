@@ -1,0 +1,164 @@
+"""Start of a run: accelerate, precision, trackers, and a calm terminal."""
+
+import datetime
+import logging
+import os
+import secrets
+import shlex
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from tqdm import tqdm
+
+from library.errors import UserError
+from library.training import checkpoints, devices, processes
+
+
+def calm() -> None:
+    """Let other packages speak only of errors: the terminal belongs to what the user needs to know."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # its threads do not survive a fork
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(diffusers|transformers|accelerate|torch|huggingface_hub|bitsandbytes)\b")
+
+
+def start(args) -> Accelerator:
+    """The accelerator of this run. Raises `UserError` for what the machine cannot do."""
+    calm()
+    if args.local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    device = "cpu" if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") else devices.best()
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    devices.check_precision(precision, device)
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision=precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # one process may decode for hours while another is done: no collective may give up on it
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))])
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != wanted:
+        raise UserError(f"{wanted} processes were launched, but accelerate made {accelerator.num_processes} of them one run: "
+                        "each would train alone. Launch with `accelerate launch --multi_gpu`, or --cpu without a GPU")
+    if args.allow_tf32:
+        devices.allow_tf32(device)
+    devices.check_attention(args.enable_xformers_memory_efficient_attention, args.enable_npu_flash_attention, device)
+    return accelerator
+
+
+def say(text: str) -> None:
+    """One line for the user, from the main process."""
+    if text and processes.is_main():
+        tqdm.write(text)
+
+
+def choose_seed(given: int | None) -> int:
+    """The seed of the run: the given one, or a fresh one that all processes share."""
+    seed = [secrets.randbits(31) if given is None else given]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(seed)
+    return seed[0]
+
+
+def public(args) -> dict:
+    """The flags as plain values, without the secret ones."""
+    return {name: value for name, value in vars(args).items() if name != "hub_token"}
+
+
+def command() -> str:
+    """The command line as typed, without the secret values."""
+    words, hide = ["python"], False
+    for word in sys.argv:
+        secret = word.startswith(("--hub_token", "--huggingface_token"))
+        words.append("***" if hide else word.split("=")[0] + "=***" if secret and "=" in word else word)
+        hide = secret and "=" not in word
+    return shlex.join(words)
+
+
+def open_output(output_dir: Path, base: Path) -> None:
+    """Make OUTPUT_DIR and clear away what a killed run left half written. Raises `UserError`."""
+    if output_dir.resolve() == base.resolve():
+        raise UserError(f"--output_dir {output_dir} is the base model: it would be overwritten. Choose another folder")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir: cannot make {output_dir}: {error.strerror}") from None
+    if processes.is_main():
+        checkpoints.clean(output_dir)
+    processes.meet()
+
+
+class Trackers:
+    """TensorBoard and wandb, on the main process. Raises `UserError` for a package that is not installed."""
+
+    def __init__(self, args, output_dir: Path):
+        self._board = self._wandb = None
+        main, report_to, folder = processes.is_main(), args.report_to, str(output_dir / args.logging_dir)
+        if report_to in ("tensorboard", "all"):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--report_to tensorboard needs `pip install tensorboard`; or choose none") from None
+            self._board = SummaryWriter(folder) if main else None
+        if report_to in ("wandb", "all"):
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--report_to wandb needs `pip install wandb`; or choose tensorboard or none") from None
+            self._wandb = wandb.init(project=args.tracker_project_name, config=public(args), dir=output_dir) if main else None
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def images(self, step: int, images: dict[str, object]) -> None:
+        """images: {title: PIL image}."""
+        if self._board:
+            import numpy as np
+            for title, image in images.items():
+                self._board.add_image(f"validation/{title}", np.asarray(image), step, dataformats="HWC")
+        if self._wandb:
+            import wandb
+            self._wandb.log({"validation": [wandb.Image(image, caption=title) for title, image in images.items()]}, step=step)
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What the run stands on, for the report."""
+    found = {"device": devices.description(device.type), "python": sys.version.split()[0]}
+    for package in ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "torch-npu"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def publish(args, output_dir: Path) -> None:
+    """Upload the finished model, without checkpoints and caches. Raises `UserError`; the model is then still here."""
+    if not args.push_to_hub or not processes.is_main():
+        return
+    from huggingface_hub import HfApi
+    api = HfApi(token=args.hub_token)
+    try:
+        repository = api.create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repository, folder_path=output_dir, commit_message="End of training",
+                          ignore_patterns=["checkpoint-*", "checkpoint-*/**", "cache/**", "logs/**", ".*"])
+    except Exception as error:    # network, rights, names: the hub says which
+        raise UserError(f"--push_to_hub: {error}. The model is finished and lies in {output_dir}") from error
+    say(f"uploaded to {repository}")

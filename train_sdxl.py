@@ -1,0 +1,164 @@
+"""Fine-tune SDXL, all of its UNet (and text encoders on request), on images with captions.
+
+    accelerate launch train_sdxl.py \\
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
+        --train_data_dir my_images --resolution 1024 --enable_bucket --output_dir out/my_model
+
+To go on after a stop, run the same command again with --resume_from_checkpoint latest.
+To make a new task, copy this file: training_loss() is usually all that changes.
+"""
+
+from pathlib import Path
+
+from library import errors, flags
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__)
+    flags.add_model_flags(parser)
+    flags.add_data_flags(parser)
+    flags.add_cache_flags(parser)
+    flags.add_training_flags(parser)
+    flags.add_optimizer_flags(parser)
+    flags.add_ddpm_objective_flags(parser)
+    flags.add_checkpoint_flags(parser)
+    flags.add_validation_flags(parser)
+    flags.add_runtime_flags(parser)
+    args = parser.parse_args(argv)
+    flags.check(parser, args)
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()    # before torch: --help and mistakes are answered at once
+
+import torch
+
+from library.data import dataset, loader
+from library.diffusion import ddpm, ema
+from library.models import sdxl, sdxl_cache, sdxl_encoders, sdxl_output
+from library.training import accelerator as running
+from library.training import checkpoints, meter, optimizers, plan, signals
+from library.validation import images as validation
+from library.validation import report
+
+
+def training_loss(unet, batch, schedule, probability, args):
+    """Mean denoising loss of one batch: the part to edit for a new objective."""
+    latents, prediction_type = batch["latents"], schedule.config.prediction_type               # [B, 4, h, w] float32
+    noise = ddpm.offset_noise(batch["noise"], batch["noise_offset"], args.noise_offset)
+    t = ddpm.draw_timesteps(batch["timestep_draw"], probability)                              # [B]
+    noisy = ddpm.add_noise(latents, noise, t, schedule.alphas_cumprod)
+
+    cond = sdxl.added_cond(batch["pooled_prompt_embeds"], batch["time_ids"])
+    prediction = unet(noisy, t, batch["prompt_embeds"], added_cond_kwargs=cond).sample
+
+    target = ddpm.target(prediction_type, latents, noise, t, schedule.alphas_cumprod)
+    loss = ddpm.mse_per_sample(prediction, target)                                            # [B]
+    if args.snr_gamma is not None:
+        loss = loss * ddpm.min_snr_weight(prediction_type, t, schedule.alphas_cumprod, args.snr_gamma)
+    return loss.mean()
+
+
+def main(args):
+    accelerator = running.start(args)
+    device, output = accelerator.device, Path(args.output_dir)
+    optimizers.check_optimizer(args, device.type)
+    base = sdxl.find_base(args)
+    schedule = sdxl.load_schedule(base, args.prediction_type, args.zero_terminal_snr)
+    found, notes = checkpoints.find(output, args.resume_from_checkpoint)
+    seed = running.choose_seed(found.manifest["seed"] if found and args.seed is None else args.seed)
+    if found:
+        sdxl.check_same_unet(base, found.path)
+        notes += [f"going on from {found.path}", *checkpoints.compare_flags(found, vars(args))]
+    running.open_output(output, base.path)
+    trackers = running.Trackers(args, output)
+
+    # data: every image and caption is looked at; what is encoded once need not be encoded again
+    cached = Path(args.embedding_cache_dir or output / "cache")
+    source, table, more = dataset.load(args, seed, cached / "scan", decode=not args.cache_latents)
+    for note in notes + more:
+        running.say(note)
+    encoders = sdxl_encoders.Encoders(args, base, accelerator, found and found.path)
+    global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    table, order, steps, latents = sdxl_cache.cache_images(args, encoders, source, table, seed, global_batch, cached)
+    prompts = sdxl_cache.cache_captions(args, encoders, table, order.last_visit(steps) + 1, cached)
+    running.say(f"{dataset.describe(table)}; {steps} steps of {global_batch}")
+    encoders.free(vae=bool(latents.store and not args.validation_prompt), text=bool(prompts.store))
+
+    # models: the UNet, and with it the text encoders if they are trained
+    unet = sdxl.load_part(base, "unet", torch.float32, found and found.path).requires_grad_(True).train()
+    sdxl.set_attention(unet, args.enable_xformers_memory_efficient_attention, args.enable_npu_flash_attention)
+    networks = {"unet": unet} | sdxl.trainable_text_encoders(args, encoders)
+    if args.gradient_checkpointing:
+        sdxl.enable_gradient_checkpointing(networks)
+    average = ema.EMA(unet.to(device), args.ema_decay) if args.use_ema else None
+    probability = ddpm.timestep_bias(
+        args.timestep_bias_strategy, schedule.config.num_train_timesteps, args.timestep_bias_multiplier,
+        args.timestep_bias_begin, args.timestep_bias_end, args.timestep_bias_portion).to(device)
+    schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
+
+    # optimizer: the schedule counts optimizer steps, whatever the accumulation or the number of processes
+    optimizer = optimizers.make_optimizer(args, networks, global_batch, device.type)
+    lr_schedule = optimizers.make_lr_schedule(args, optimizer, steps)
+    *wrapped, optimizer = accelerator.prepare(*networks.values(), optimizer)
+    state = checkpoints.State(networks, optimizer, lr_schedule, accelerator.scaler, average)
+    if found:
+        state.load(found)
+
+    batches = loader.Loader(table, source, order, latents, prompts, args, seed, accelerator)
+    log = meter.Meter(output, trackers, state, steps, args.logging_steps, global_batch, device.type)
+    stop, facts = signals.StopRequest(), {"seed": seed, "global_batch": global_batch}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for batch in log.waiting(batches.batches(state.step, steps)):
+        with accelerator.accumulate(*wrapped):
+            batch = encoders.complete({name: values.to(device, non_blocking=True) for name, values in batch.items()})
+            loss = training_loss(wrapped[0], batch, schedule, probability, args)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and args.max_grad_norm:
+                log.add_norm(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        log.add(loss)    # stays on the device: no wait for it here
+        if not accelerator.sync_gradients:
+            continue
+
+        # one optimizer step is done
+        state.step += 1
+        lr_schedule.step()
+        if average:
+            average.update(unet)
+        log.step(state.step, order.epoch_of(state.step), lr_schedule.get_last_lr()[0])
+        stopping = stop.after_step()
+        with log.paused():
+            if state.step % args.checkpointing_steps == 0 or state.step == steps or stopping:
+                state.unlogged = log.unlogged()
+                state.save(output, facts, vars(args), args.checkpoints_total_limit)
+            if stopping:
+                break
+            if args.validation_prompt and (state.step == steps or plan.due(order, state.step, args.validation_steps,
+                                                                           args.validation_epochs)):
+                pipeline = sdxl_output.make_pipeline(base, unet, encoders.vae, schedule)
+                shown = encoders.shown(args, prompts, sdxl_output.guides_from_encoded(args, base))
+                validation.run(args, pipeline, shown, unet, average, state.step, output, trackers, accelerator)
+            if state.step < steps and (name := plan.model_name(args, order, state.step)):
+                sdxl_output.save_model(output / name, args, base, networks, average, schedule)
+    log.close()
+    if state.step < steps:
+        return running.say(f"stopped after step {state.step} of {steps}; --resume_from_checkpoint latest goes on from there")
+
+    name = args.output_name if args.save_model_as != "diffusers" else ""
+    written = sdxl_output.save_model(output / name, args, base, networks, average, schedule)
+    if accelerator.is_main_process:
+        written += [report.write_loss_curve(output), report.write_report(
+            output, title=output.resolve().name, command=running.command(), versions=running.versions(device),
+            buckets=table.bucket_counts(), notes=notes + more)]
+    running.publish(args, output)
+    trackers.close()
+    for path in written:
+        running.say(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    with errors.exit_on_user_error("train_sdxl.py"):
+        main(ARGS)
