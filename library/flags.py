@@ -6,7 +6,7 @@ diffusers' names are used where diffusers has the flag; `dialects.py` knows the 
 
 import argparse
 
-from library.parser import COUNT, FRACTION, NOT_NEGATIVE, SIZE_STEP, Parser, number, size, switch
+from library.parser import COUNT, FRACTION, NOT_NEGATIVE, SIZE_STEP, Parser, number, size, switch  # noqa: F401
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
                  "piecewise_constant", "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay")
