@@ -30,7 +30,8 @@ def parse_args(argv=None):
     add("--scheduler", choices=sorted(SCHEDULERS), help="sampler (default: the model's own)")
     add("--seed", type=flags.number(int, low=0), default=0, metavar="N", help="seed of the first image; the next ones count up")
     add("--image", metavar="FILE", help="start from this picture")
-    add("--strength", type=flags.FRACTION, default=0.6, metavar="S", help="how far to leave that picture: 0 keeps it, 1 forgets it")
+    add("--strength", type=flags.FRACTION, default=0.6, metavar="S",
+        help="how far to leave that picture: 0 keeps it, 1 forgets it")
     add("--output_dir", default="images", metavar="DIR", help="where the images go")
     args = parser.parse_args(argv)
     if not args.prompt and not args.prompt_file:
@@ -133,7 +134,8 @@ def main(args):
         width, height = args.size or (own, own)
         options = {"width": width, "height": height}
 
-    jobs = [(number, prompt, args.seed + index) for number, prompt in enumerate(prompts) for index in range(args.num_images)]
+    wanted = [(number, prompt) for number, prompt in enumerate(prompts) for _ in range(args.num_images)]
+    jobs = [(number, prompt, args.seed + place) for place, (number, prompt) in enumerate(wanted)]
     drawn = []
     bar = tqdm(total=len(jobs), desc="draw", unit="image")
     for first in range(0, len(jobs), args.batch_size):

@@ -43,11 +43,11 @@ from library.validation import images as validation
 from library.validation import report
 
 
-def training_loss(unet, batch, schedule, probability, args):
+def training_loss(unet, batch, schedule, timestep_cdf, args):
     """Mean denoising loss of one batch: the part to edit for a new objective."""
     latents, prediction_type = batch["latents"], schedule.config.prediction_type               # [B, 4, h, w] float32
     noise = ddpm.offset_noise(batch["noise"], batch["noise_offset"], args.noise_offset)
-    t = ddpm.draw_timesteps(batch["timestep_draw"], probability)                              # [B]
+    t = ddpm.draw_timesteps(batch["timestep_draw"], timestep_cdf)                             # [B]
     noisy = ddpm.add_noise(latents, noise, t, schedule.alphas_cumprod)
 
     cond = sdxl.added_cond(batch["pooled_prompt_embeds"], batch["time_ids"])
@@ -66,11 +66,16 @@ def main(args):
     optimizers.check_optimizer(args, device.type)
     base = sdxl.find_base(args)
     schedule = sdxl.load_schedule(base, args.prediction_type, args.zero_terminal_snr)
+    timestep_cdf = ddpm.cumulative(ddpm.timestep_bias(
+        args.timestep_bias_strategy, schedule.config.num_train_timesteps, args.timestep_bias_multiplier,
+        args.timestep_bias_begin, args.timestep_bias_end, args.timestep_bias_portion)).to(device)
     found, notes = checkpoints.find(output, args.resume_from_checkpoint)
     seed = running.choose_seed(found.manifest["seed"] if found and args.seed is None else args.seed)
+    global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    facts = {"seed": seed, "global_batch": global_batch}
     if found:
         sdxl.check_same_unet(base, found.path)
-        notes += [f"going on from {found.path}", *checkpoints.compare_flags(found, vars(args))]
+        notes += [f"going on from {found.path}", *checkpoints.compare_flags(found, vars(args), facts)]
     running.open_output(output, base.path)
     trackers = running.Trackers(args, output)
 
@@ -80,7 +85,6 @@ def main(args):
     for note in notes + more:
         running.say(note)
     encoders = sdxl_encoders.Encoders(args, base, accelerator, found and found.path)
-    global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     table, order, steps, latents = sdxl_cache.cache_images(args, encoders, source, table, seed, global_batch, cached)
     prompts = sdxl_cache.cache_captions(args, encoders, table, order.last_visit(steps) + 1, cached)
     running.say(f"{dataset.describe(table)}; {steps} steps of {global_batch}")
@@ -93,27 +97,40 @@ def main(args):
     if args.gradient_checkpointing:
         sdxl.enable_gradient_checkpointing(networks)
     average = ema.EMA(unet.to(device), args.ema_decay) if args.use_ema else None
-    probability = ddpm.timestep_bias(
-        args.timestep_bias_strategy, schedule.config.num_train_timesteps, args.timestep_bias_multiplier,
-        args.timestep_bias_begin, args.timestep_bias_end, args.timestep_bias_portion).to(device)
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
 
     # optimizer: the schedule counts optimizer steps, whatever the accumulation or the number of processes
     optimizer = optimizers.make_optimizer(args, networks, global_batch, device.type)
     lr_schedule = optimizers.make_lr_schedule(args, optimizer, steps)
     *wrapped, optimizer = accelerator.prepare(*networks.values(), optimizer)
+    if args.train_text_encoder:
+        encoders.call_wrapped(dict(zip(networks, wrapped, strict=True)))
     state = checkpoints.State(networks, optimizer, lr_schedule, accelerator.scaler, average)
     if found:
         state.load(found)
+    state.check_space(output)
 
     batches = loader.Loader(table, source, order, latents, prompts, args, seed, accelerator)
     log = meter.Meter(output, trackers, state, steps, args.logging_steps, global_batch, device.type)
-    stop, facts = signals.StopRequest(), {"seed": seed, "global_batch": global_batch}
+    stop = signals.StopRequest()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def show_and_save(step):
+        """Validation images and a model ready to use, where they fall due after this step."""
+        if args.validation_prompt and (step == steps or plan.due(order, step, args.validation_steps, args.validation_epochs)):
+            pipeline = sdxl_output.make_pipeline(base, unet, encoders.vae, schedule)
+            shown = encoders.shown(args, prompts, sdxl_output.guides_from_encoded(args, base))
+            validation.run(args, pipeline, shown, unet, average, step, output, trackers, accelerator)
+        for name in plan.model_names(args, order, step) if step < steps else ():
+            sdxl_output.save_model(output / name, args, base, networks, average, schedule)
+
+    if found:    # the run may have been stopped between the checkpoint and this
+        with log.paused():
+            show_and_save(state.step)
     for batch in log.waiting(batches.batches(state.step, steps)):
         with accelerator.accumulate(*wrapped):
             batch = encoders.complete({name: values.to(device, non_blocking=True) for name, values in batch.items()})
-            loss = training_loss(wrapped[0], batch, schedule, probability, args)
+            loss = training_loss(wrapped[0], batch, schedule, timestep_cdf, args)
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
                 log.add_norm(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
@@ -125,10 +142,10 @@ def main(args):
 
         # one optimizer step is done
         state.step += 1
+        log.step(state.step, order.epoch_of(state.step), lr_schedule.get_last_lr()[0])
         lr_schedule.step()
         if average:
             average.update(unet)
-        log.step(state.step, order.epoch_of(state.step), lr_schedule.get_last_lr()[0])
         stopping = stop.after_step()
         with log.paused():
             if state.step % args.checkpointing_steps == 0 or state.step == steps or stopping:
@@ -136,13 +153,7 @@ def main(args):
                 state.save(output, facts, vars(args), args.checkpoints_total_limit)
             if stopping:
                 break
-            if args.validation_prompt and (state.step == steps or plan.due(order, state.step, args.validation_steps,
-                                                                           args.validation_epochs)):
-                pipeline = sdxl_output.make_pipeline(base, unet, encoders.vae, schedule)
-                shown = encoders.shown(args, prompts, sdxl_output.guides_from_encoded(args, base))
-                validation.run(args, pipeline, shown, unet, average, state.step, output, trackers, accelerator)
-            if state.step < steps and (name := plan.model_name(args, order, state.step)):
-                sdxl_output.save_model(output / name, args, base, networks, average, schedule)
+            show_and_save(state.step)
     log.close()
     if state.step < steps:
         return running.say(f"stopped after step {state.step} of {steps}; --resume_from_checkpoint latest goes on from there")

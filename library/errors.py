@@ -13,7 +13,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def exit_on_user_error(program: str):
-    """Print a `UserError` (or a full disk) as one message and leave with status 2."""
+    """Print a `UserError` (or a full disk) as one message and leave with status 2; with 130 on Ctrl-C."""
     try:
         yield
     except UserError as error:
@@ -22,6 +22,9 @@ def exit_on_user_error(program: str):
         if error.errno not in _NO_SPACE:
             raise
         message = disk_full(error)
+    except KeyboardInterrupt:    # before the first step: what is cached so far is kept
+        print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
     else:
         return
     print(f"{program}: error: {message}", file=sys.stderr, flush=True)

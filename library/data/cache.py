@@ -44,18 +44,16 @@ class Store:
     def refresh(self) -> None:
         """Look at the folder anew: after this process or another has written to it."""
         self._open.clear()
-        for partial in self.folder.glob("*.tmp"):    # of a killed run; a living one needs seconds for a shard
-            if time.time() - partial.stat().st_mtime > 3600:
-                _discard(partial)
+        sweep(self.folder)
         self._shards = sorted(self.folder.glob("*.safetensors"))
         seen = _read_json(self.folder / "checked.json")
         keys, shard_of, state = [], [], {}
         for number, shard in enumerate(self._shards):
             status = shard.stat()
-            state[shard.name] = [status.st_size, status.st_mtime_ns]
+            state[shard.name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
             try:
                 names = _read_shard(shard, check=seen.get(shard.name) != state[shard.name])
-            except (SafetensorError, OSError, ValueError, KeyError) as fault:
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as fault:
                 self.damaged.append(f"{shard.name}: {fault}")
                 del state[shard.name]
                 _discard(shard)
@@ -149,6 +147,16 @@ def fill(store: Store, groups: list, load, encode, advance) -> None:
     store.refresh()
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed runs left half written, safetensors' own temporary files too. A living one needs seconds."""
+    for partial in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):
+        try:
+            if time.time() - partial.stat().st_mtime > 3600:
+                _discard(partial)
+        except FileNotFoundError:    # another process has renamed it in the meantime
+            continue
+
+
 def share(path: Path) -> None:
     """Give a file the mode that the umask says: safetensors 0.8 makes it private to its owner."""
     mask = os.umask(0)
@@ -177,7 +185,9 @@ def _read_shard(shard: Path, check: bool) -> list[bytes]:
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    """Of type and shape, too: the bytes of a float32 are also those of an int32."""
+    kind = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), kind)
 
 
 def _discard(path: Path) -> None:

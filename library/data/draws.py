@@ -13,4 +13,6 @@ AUGMENT, CAPTION, LATENT, NOISE, TIMESTEP, ORDER, PASS, SUBSET = range(8)    # p
 def generator(seed: int, sample: int, visit: int, purpose: int) -> np.random.Generator:
     """The generator of one purpose for one visit of one sample. All arguments are >= 0 and < 2**64."""
     # The low counter words count the numbers drawn; the high ones tell visits and purposes apart.
-    return np.random.Generator(np.random.Philox(key=(seed, sample), counter=(0, 0, visit, purpose)))
+    # uint64 is named: NumPy would make floats of a pair that holds a number of 2**63 or more, and lose its last bits.
+    words = [np.array(pair, np.uint64) for pair in ((seed, sample), (0, 0, visit, purpose))]
+    return np.random.Generator(np.random.Philox(key=words[0], counter=words[1]))

@@ -5,14 +5,14 @@ All arithmetic is on NumPy columns, so that a million rows take a second. Sizes 
 
 import numpy as np
 
-_CHUNK = 65536    # rows compared with all buckets at once: bounds the memory of the comparison
+_CHUNK = 65536    # rows worked on at once where that takes many columns: bounds the memory
 
 
 def make_buckets(resolution: tuple[int, int], shortest: int, longest: int, step: int) -> list[tuple[int, int]]:
     """kohya's bucket set (`make_bucket_resolutions`): every shape of at most the area of `resolution`.
 
     `shortest` and `longest` bound both sides and are first rounded down and up to `step`.
-    Raises ValueError if `resolution` lies outside of them.
+    Raises ValueError if `resolution` lies outside of them, or is less than one `step`.
     """
     shortest, longest = shortest // step * step, -(-longest // step) * step
     if min(resolution) < shortest or max(resolution) > longest:
@@ -25,6 +25,8 @@ def make_buckets(resolution: tuple[int, int], shortest: int, longest: int, step:
         height = min(longest, area // width // step * step)
         if height >= max(shortest, step):
             buckets |= {(width, height), (height, width)}
+    if not buckets:
+        raise ValueError(f"--bucket_reso_steps {step} leaves no bucket of --resolution {resolution[0]},{resolution[1]}: lower it")
     return sorted(buckets)
 
 
@@ -58,6 +60,12 @@ def without_upscaling(widths, heights, area: int, step: int):
     image rounded down to `step`. Unlike kohya's, no side is ever rounded down to nothing.
     Returns (bucket_w, bucket_h, resized_w, resized_h).
     """
+    parts = [_without_upscaling(widths[start:start + _CHUNK], heights[start:start + _CHUNK], area, step)
+             for start in range(0, max(len(widths), 1), _CHUNK)]
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+
+def _without_upscaling(widths, heights, area: int, step: int):
     ratio = widths / heights
     exact_w = np.sqrt(area * ratio)
     exact_h = area / exact_w
@@ -68,7 +76,7 @@ def without_upscaling(widths, heights, area: int, step: int):
     # compared as kohya does: shape of each candidate bucket against the shape of the image
     error_w = np.abs(by_w / np.maximum(by_w_h // step * step, step) - ratio)
     error_h = np.abs(np.maximum(by_h_w // step * step, step) / by_h - ratio)
-    use_w = error_w <= error_h
+    use_w = error_w < error_h
     large = widths * heights > area
     resized_w = np.where(large, np.where(use_w, by_w, by_h_w), widths)
     resized_h = np.where(large, np.where(use_w, by_w_h, by_h), heights)

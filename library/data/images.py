@@ -1,6 +1,7 @@
 """Reading image files rightly: size from the header, pixels as RGB. Pillow does the decoding."""
 
 import io
+import struct
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -9,7 +10,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif", ".tif",
 MODES = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC,
          "box": Image.Resampling.BOX, "hamming": Image.Resampling.HAMMING, "lanczos": Image.Resampling.LANCZOS}
 _ORIENTATION = 0x0112    # EXIF tag; 5 to 8 are turned by a quarter
-_FAULTS = (OSError, UnidentifiedImageError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+_AT_THE_END = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")    # what may turn a PNG after its pixels
+_FAULTS = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError)
 
 
 class BadImage(Exception):
@@ -21,7 +23,7 @@ def read_size(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            turned = _orientation(image, data) in (5, 6, 7, 8)
     except _FAULTS as fault:
         raise BadImage(_reason(fault, data)) from None
     return (height, width) if turned else (width, height)
@@ -35,8 +37,8 @@ def read_pixels(data: bytes, resized: tuple[int, int], mode: str) -> Image.Image
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            wanted = resized[::-1] if turned else resized
+            orientation = _orientation(image, data)
+            wanted = resized[::-1] if orientation in (5, 6, 7, 8) else resized
             box = None
             if image.format == "JPEG" and image.width > wanted[0] and image.height > wanted[1]:
                 drafted = image.draft(None, wanted)
@@ -45,7 +47,7 @@ def read_pixels(data: bytes, resized: tuple[int, int], mode: str) -> Image.Image
             rgb = to_rgb(image)
             rgb = rgb.resize(wanted, MODES[mode], box=box) if box or rgb.size != wanted else rgb
             rgb.info.pop("exif", None)
-            return _turn(rgb, image.getexif().get(_ORIENTATION, 1))
+            return _turn(rgb, orientation)
     except _FAULTS as fault:
         raise BadImage(_reason(fault, data)) from None
 
@@ -59,12 +61,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image -> RGB: 16-bit grey is scaled, transparency is laid on white."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         grey = np.asarray(image).astype(np.float64)
-        scale = 257.0 if image.mode != "F" and grey.max(initial=0) > 255 else 1.0    # 65535 -> 255
+        sixteen = image.mode.startswith("I;16") or (image.mode == "I" and grey.max(initial=0) > 255)
+        scale = 257.0 if sixteen else 1.0    # 65535 -> 255
         return Image.fromarray(np.clip(grey / scale + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         clear = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """EXIF orientation that is still to be applied to an opened image."""
+    if image.format == "TIFF":    # turned by Pillow
+        return 1
+    if image.format == "PNG":    # Pillow decodes all of it to look behind the pixels: only if there is something
+        behind = data[data.rfind(b"IDAT"):]
+        if not any(mark in behind for mark in _AT_THE_END):
+            return Image.Image.getexif(image).get(_ORIENTATION, 1)
+    return image.getexif().get(_ORIENTATION, 1)
 
 
 def _turn(image: Image.Image, orientation: int) -> Image.Image:

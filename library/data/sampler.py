@@ -13,18 +13,19 @@ from functools import lru_cache
 import numpy as np
 
 from library.data.draws import ORDER, PASS, generator
+from library.errors import UserError
 
 
 class Sampler:
     """The order of samples.
 
     bucket_of: [N] index of each row's bucket. seed >= 0. global_batch: samples of one optimizer step (G).
-    Raises ValueError for no rows at all.
+    Raises `UserError` for no rows at all.
     """
 
     def __init__(self, bucket_of: np.ndarray, seed: int, global_batch: int):
         if not len(bucket_of):
-            raise ValueError("there is no image to train on")
+            raise UserError("there is no image to train on")
         self.seed, self.global_batch = seed, global_batch
         by_bucket = np.argsort(bucket_of, kind="stable").astype(np.int32)
         self.buckets, starts = np.unique(bucket_of[by_bucket], return_index=True)

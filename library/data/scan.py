@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from library.data import images
+from library.data.cache import sweep
 from library.errors import UserError
 from library.training import processes
 
@@ -27,25 +28,25 @@ def scan(source, index_dir: Path, decode: bool) -> tuple[np.ndarray, dict[int, s
     decode: also decode every image once, for runs that meet the pixels only while training.
     """
     rows = len(source.names)
-    stamps = list(_map(lambda row: _stamp(source, row), range(rows)))
     found = np.zeros(rows, RECORD)
-    found["name"] = [_digest(stamp[0].encode()) for stamp in stamps]
-    for field, column in (("size", 1), ("mtime", 2), ("ctime", 3)):
-        found[field] = [stamp[column] for stamp in stamps]
+    found["width"] = found["height"] = 1    # of a bad image, so that nothing divides by zero
+    for row, (name, *status) in enumerate(_map(lambda row: _stamp(source, row), range(rows))):
+        found[row]["name"] = _digest(name.encode())
+        found[row]["size"], found[row]["mtime"], found[row]["ctime"] = status
+    sweep(index_dir)
     path = index_dir / f"{_digest(os.path.abspath(source.place).encode()).decode()}.npy"
     known = _match(found, _load(path))
     todo = np.flatnonzero(~known | (decode & ~found["sound"])).tolist()
 
     mine, faults = todo[processes.rank()::processes.world()], []
     bar = tqdm(total=len(mine), desc="scan", unit="image", disable=not processes.is_main() or not mine)
-    looked = []
     for row, (record, fault) in zip(mine, _map(lambda row: _look(source, row, found[row], decode), mine), strict=True):
-        looked.append((row, record.tobytes()))
+        found[row] = record
         faults += [(row, fault)] if fault else []
         bar.update()
     bar.close()
-    for row, record in processes.gather(looked):
-        found[row] = np.frombuffer(record, RECORD)[0]
+    for share, records in processes.gather([(mine, found[mine])]):
+        found[share] = records
     faults = dict(processes.gather(faults))
     good = np.ones(rows, bool)
     good[list(faults)] = False

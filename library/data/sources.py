@@ -54,10 +54,7 @@ class Folder:
         return (self.root / self.names[row]).read_bytes()
 
     def stamp(self, row: int) -> tuple[str, int, int, int]:
-        """(absolute path, size, mtime, ctime): what git, too, goes by to see that a file is as it was."""
-        path = self.root.absolute() / self.names[row]
-        status = path.stat()
-        return str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return _stamp(self.root / self.names[row])
 
     def _from_metadata(self, files: list[str], images: list[str], column: str) -> dict[str, list[str]]:
         captions, present = {}, set(images)
@@ -68,6 +65,8 @@ class Folder:
                     hint = "" if absent == "file_name" else " (--caption_column names the caption's)"
                     raise UserError(f"{self.root / name}, line {line}: there is no column {absent!r}{hint}; "
                                     f"columns are {', '.join(map(str, row))}")
+                if not isinstance(row["file_name"], str):
+                    raise UserError(f"{self.root / name}, line {line}: file_name is not text but {row['file_name']!r}")
                 path = os.path.normpath(os.path.join(os.path.dirname(name), row["file_name"]))
                 captions[path] = _texts(row[column], f"{self.root / name}, line {line}")
         absent = [path for path in captions if path not in present]
@@ -114,15 +113,23 @@ class DataSet:
         self.names = np.array([f"row {row}" for row in range(len(loaded))], Text)
         self.captions = [_texts(value, f"{name}, row {row}, column {caption_column}")
                          for row, value in enumerate(loaded[caption_column])]
+        self._by_path = len(loaded) > 0 and isinstance(self._image(0), str)
 
     def read(self, row: int) -> bytes:
-        value = self._images[int(self.names[row].split()[1])][self._column]
-        if isinstance(value, dict):
-            value = value["bytes"] if value.get("bytes") is not None else value["path"]
+        value = self._image(row)
         return Path(value).read_bytes() if isinstance(value, str) else value or b""
 
     def stamp(self, row: int) -> tuple[str, int, int, int]:
+        if self._by_path and isinstance(value := self._image(row), str):    # the file can change and the data set not
+            return _stamp(Path(value))
         return f"{self._fingerprint} {self.names[row]}", 0, 0, 0
+
+    def _image(self, row: int) -> bytes | str | None:
+        """The encoded bytes in the data set, or the path of the file that has them."""
+        value = self._images[row][self._column]
+        if isinstance(value, dict):
+            value = value["bytes"] if value.get("bytes") is not None else value["path"]
+        return value
 
 
 def _walk(root: Path) -> tuple[list[str], list[str]]:
@@ -135,6 +142,12 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
             if not name.startswith("."):
                 (images if name.lower().endswith(EXTENSIONS) else others).append(path)
     return sorted(images), others
+
+
+def _stamp(path: Path) -> tuple[str, int, int, int]:
+    """(absolute path, size, mtime, ctime): what git, too, goes by to see that a file is as it was."""
+    status = path.stat()
+    return str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _metadata_rows(path: Path):
@@ -154,6 +167,8 @@ def _metadata_rows(path: Path):
         raise UserError(f"{path} is not UTF-8: {error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {number}: not valid JSON: {error}") from None
+    except csv.Error as error:
+        raise UserError(f"{path} is not valid CSV: {error}") from None
 
 
 def _read_text(path: Path) -> str:

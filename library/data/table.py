@@ -104,8 +104,8 @@ def build(records: np.ndarray, names: np.ndarray, captions: np.ndarray, caption_
         resized = geometry.fixed(width, height, resolution)
     elif no_upscale:
         bucket_w, bucket_h, *resized = geometry.without_upscaling(width, height, resolution[0] * resolution[1], bucket[2])
-        sides, bucket_of = np.unique(np.stack([bucket_w, bucket_h], 1), axis=0, return_inverse=True)
-        buckets = [tuple(pair) for pair in sides.tolist()]
+        sides, bucket_of = np.unique(bucket_w << 32 | bucket_h, return_inverse=True)    # one number a shape: lean to sort
+        buckets = [(side >> 32, side & 2**32 - 1) for side in sides.tolist()]
     else:
         try:
             buckets = geometry.make_buckets(resolution, *bucket)

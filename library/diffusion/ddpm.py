@@ -7,13 +7,15 @@ Probabilistic Models", 2020.
 import torch
 import torch.nn.functional as F
 
+from library.errors import UserError
+
 
 def timestep_bias(strategy: str, steps: int, multiplier: float, begin: int, end: int, portion: float) -> torch.Tensor:
     """Probability of each timestep -> [steps], sums to 1.
 
     `later` and `earlier` favour the last or first int(portion * steps) timesteps, `range` those of [begin, end).
     As diffusers' `generate_timestep_weights`, but that a share that rounds to nothing favours nothing.
-    Raises ValueError for a range that holds no timestep.
+    Raises `UserError` for a range that holds no timestep.
     """
     weights = torch.ones(steps)
     share = int(portion * steps)
@@ -23,17 +25,22 @@ def timestep_bias(strategy: str, steps: int, multiplier: float, begin: int, end:
         weights[:share] *= multiplier
     elif strategy == "range":
         if not 0 <= begin < end <= steps:
-            raise ValueError(f"--timestep_bias_begin {begin} and --timestep_bias_end {end} hold no timestep of 0 to {steps}")
+            raise UserError(f"--timestep_bias_begin {begin} and --timestep_bias_end {end} hold no timesteps of 0 to {steps - 1}; "
+                            f"the range is begin <= t < end, and end is at most {steps}")
         weights[begin:end] *= multiplier
     elif strategy != "none":
         raise ValueError(f"there is no timestep bias {strategy!r}")
     return weights / weights.sum()
 
 
-def draw_timesteps(draw: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
-    """Uniform numbers [B] in [0, 1) -> timesteps [B] int64 of the given probability [T] (inverse CDF)."""
-    cdf = probability.to(torch.float64).cumsum(0).to(torch.float32)
-    return torch.searchsorted(cdf, draw, right=True).clamp_(max=len(probability) - 1)
+def cumulative(probability: torch.Tensor) -> torch.Tensor:
+    """Distribution function [T] float32 of a probability [T], summed in float64: once, on the CPU (MPS has no float64)."""
+    return probability.double().cumsum(0).float()
+
+
+def draw_timesteps(draw: torch.Tensor, timestep_cdf: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers [B] in [0, 1) -> timesteps [B] int64 of the distribution function [T], by its inverse."""
+    return torch.searchsorted(timestep_cdf, draw, right=True).clamp_(max=len(timestep_cdf) - 1)
 
 
 def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
@@ -81,16 +88,6 @@ def min_snr_weight(prediction_type: str, timesteps: torch.Tensor, alphas_cumprod
 def snr_table(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """Signal-to-noise ratio abar / (1 - abar) of each timestep -> [T] float32."""
     return alphas_cumprod.float() / (1 - alphas_cumprod.float())
-
-
-def zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """Shift and scale sqrt(abar) so that the last timestep is pure noise and the first stays -> [T].
-
-    Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", 2023, algorithm 1.
-    """
-    root = alphas_cumprod.double().sqrt()
-    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-    return (root ** 2).to(alphas_cumprod.dtype)
 
 
 def mse_per_sample(prediction: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

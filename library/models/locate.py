@@ -5,15 +5,18 @@ import json
 import os
 from pathlib import Path
 
+from library.data.cache import sweep
 from library.errors import UserError
 
 SINGLE_FILE = (".safetensors", ".ckpt")
 _OTHER_FORMATS = ("*.bin", "*.onnx*", "*.msgpack", "*openvino*", "*.h5", "*.fp16.*", "*.non_ema.*")
 
 
-def find_model(name: str, flag: str, parts: tuple[str, ...], revision: str | None = None, variant: str | None = None) -> Path:
+def find_model(name: str, flag: str, parts: tuple[str, ...], revision: str | None = None, variant: str | None = None,
+               loose: tuple[str, ...] = ()) -> Path:
     """The folder or single file of a model. A hub id is fetched first: only `parts`, only one kind of weights.
 
+    loose: patterns of files that are wanted, too, for what may also lie in no folder of its own (a VAE, a tokenizer).
     Raises `UserError` when nothing of that name exists, or a folder lacks one of the parts.
     """
     path = Path(name)
@@ -24,17 +27,17 @@ def find_model(name: str, flag: str, parts: tuple[str, ...], revision: str | Non
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.suffix in SINGLE_FILE:
             raise UserError(f"{flag}: there is no file or folder {name}")
-        path = _fetch(name, flag, parts, revision, variant)
+        path = _fetch(name, flag, parts, revision, variant, loose)
     missing = [part for part in parts if not (path / part).is_dir()]
     if missing:
         raise UserError(f"{flag}: {name} lacks {', '.join(missing)}; a diffusers folder of SDXL has {', '.join(parts)}")
     return path
 
 
-def _fetch(name: str, flag: str, parts: tuple[str, ...], revision: str | None, variant: str | None) -> Path:
+def _fetch(name: str, flag: str, parts: tuple[str, ...], revision: str | None, variant: str | None, loose) -> Path:
     from huggingface_hub import snapshot_download
     ignore = [pattern for pattern in _OTHER_FORMATS if not variant or pattern != f"*.{variant}.*"]
-    wanted = [f"{part}/*" for part in parts] + ["*.json"]
+    wanted = [f"{part}/*" for part in parts] + ["model_index.json", *loose]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignore))
     except Exception as error:    # no network, no such repository, no right to read it: the hub says which
@@ -46,6 +49,7 @@ def fingerprint(paths: list[Path], memo: Path) -> str:
 
     `memo` remembers the hash of files whose size, mtime and ctime are unchanged: weights are read once.
     """
+    sweep(memo.parent)
     try:
         known = json.loads(memo.read_text())
     except (OSError, ValueError):

@@ -48,10 +48,11 @@ def find_base(args) -> Base:
     vae = None
     if args.pretrained_vae_model_name_or_path:
         vae = find_model(args.pretrained_vae_model_name_or_path, "--pretrained_vae_model_name_or_path", (),
-                         args.revision, args.variant)
+                         args.revision, args.variant, ("config.json", "diffusion_pytorch_model*", "vae/*"))
     tokenizers = []
-    for part, given in (("tokenizer", args.tokenizer1_path), ("tokenizer_2", args.tokenizer2_path)):
-        found = find_model(given, f"--{part.replace('_2', '2') if '_2' in part else 'tokenizer1'}_path", ()) if given else configs
+    for part, flag, given in (("tokenizer", "--tokenizer1_path", args.tokenizer1_path),
+                              ("tokenizer_2", "--tokenizer2_path", args.tokenizer2_path)):
+        found = find_model(given, flag, (), loose=(f"{part}/*", "*.json", "merges.txt")) if given else configs
         tokenizers.append(found / part if (found / part).is_dir() else found)
     return Base(path, configs, vae, tuple(tokenizers), args.variant)
 
@@ -91,7 +92,7 @@ def load_tokenizers(base: Base) -> list:
 
 
 def load_schedule(base: Base, prediction_type: str | None, zero_terminal_snr: bool):
-    """The DDPM schedule of the base model, with what the flags change -> diffusers' DDPMScheduler."""
+    """The DDPM schedule of the base model, with what the flags change -> diffusers' DDPMScheduler. Raises `UserError`."""
     with lean():
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     if base.path.is_file() and not prediction_type:
@@ -101,9 +102,13 @@ def load_schedule(base: Base, prediction_type: str | None, zero_terminal_snr: bo
     if zero_terminal_snr:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     try:
-        return DDPMScheduler.from_pretrained(base.configs, subfolder="scheduler", local_files_only=True, **changes)
+        schedule = DDPMScheduler.from_pretrained(base.configs, subfolder="scheduler", local_files_only=True, **changes)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the noise schedule in {base.configs / 'scheduler'}: {error}") from error
+    if zero_terminal_snr and schedule.config.prediction_type == "epsilon":
+        raise UserError("--zero_terminal_snr needs --prediction_type v_prediction (the base model predicts epsilon): at pure "
+                        "noise, epsilon says nothing of the image")
+    return schedule
 
 
 def encode_images(vae, pixels: torch.Tensor) -> torch.Tensor:

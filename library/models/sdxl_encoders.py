@@ -39,6 +39,7 @@ class Encoders:
         self.text_dtype = torch.float32 if self.trained else sdxl.DTYPES[accelerator.mixed_precision]
         self.truncated: set[str] = set()    # prompts longer than `length`
         self._vae, self._tokenizers, self._text_encoders, self._checkpoint = None, None, None, checkpoint
+        self._called = None    # the text encoders as the training step calls them
 
     @property
     def vae(self):
@@ -59,6 +60,11 @@ class Encoders:
             loaded = sdxl.load_text_encoders(self.base, self.text_dtype, self._checkpoint if self.trained else None)
             self._text_encoders = [encoder.to(self.device) for encoder in loaded]
         return self._text_encoders
+
+    def call_wrapped(self, wrapped: dict) -> None:
+        """Train through these wrappers of the networks from here on: DDP adds up no gradient of what bypasses it."""
+        self._called = [wrapped.get(name, encoder) for name, encoder in
+                        zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=True)]
 
     def free(self, vae: bool, text: bool) -> None:
         """Give back the memory of what is done."""
@@ -110,7 +116,8 @@ class Encoders:
             batch["latents"] = (mean + std * batch["latent_draw"] - shift) * scale
         if "input_ids" in batch:
             with torch.set_grad_enabled(self.trained):
-                batch["prompt_embeds"], batch["pooled_prompt_embeds"] = sdxl.encode_prompts(batch, self.text_encoders)
+                called = self._called or self.text_encoders
+                batch["prompt_embeds"], batch["pooled_prompt_embeds"] = sdxl.encode_prompts(batch, called)
         return batch
 
     def shown(self, args, prompts: PromptSource, encoded_null: bool) -> tuple[list[Prompt], Prompt]:

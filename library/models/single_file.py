@@ -192,7 +192,7 @@ def save_single_file(
         "modelspec.architecture": "stable-diffusion-xl-v1-base",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": path.stem,
-        "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
         "modelspec.resolution": f"{resolution[0]}x{resolution[1]}",
     }

@@ -46,7 +46,9 @@ def start(args) -> Accelerator:
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != wanted:
         raise UserError(f"{wanted} processes were launched, but accelerate made {accelerator.num_processes} of them one run: "
-                        "each would train alone. Launch with `accelerate launch --multi_gpu`, or --cpu without a GPU")
+                        "each would train alone. Launch with `accelerate launch --multi_gpu`, without a GPU, too")
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        say("accelerate launch has started one process: it starts several only for --multi_gpu, on CPUs and one GPU, too")
     if args.allow_tf32:
         devices.allow_tf32(device)
     devices.check_attention(args.enable_xformers_memory_efficient_attention, args.enable_npu_flash_attention, device)
@@ -112,7 +114,10 @@ class Trackers:
                 import wandb
             except ImportError:
                 raise UserError("--report_to wandb needs `pip install wandb`; or choose tensorboard or none") from None
-            self._wandb = wandb.init(project=args.tracker_project_name, config=public(args), dir=output_dir) if main else None
+            # its metadata hold the command line, and so the token
+            settings = wandb.Settings(x_disable_meta=args.hub_token is not None)
+            self._wandb = wandb.init(project=args.tracker_project_name, config=public(args), dir=output_dir,
+                                     settings=settings) if main else None
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         if self._board:
@@ -150,15 +155,20 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def publish(args, output_dir: Path) -> None:
-    """Upload the finished model, without checkpoints and caches. Raises `UserError`; the model is then still here."""
+    """Upload the finished model, but no checkpoint, cache, log or model of an earlier step.
+
+    Raises `UserError`; the model is then still here.
+    """
     if not args.push_to_hub or not processes.is_main():
         return
     from huggingface_hub import HfApi
-    api = HfApi(token=args.hub_token)
+    api, here = HfApi(token=args.hub_token), output_dir.resolve()
+    folders = [here / args.logging_dir, Path(args.embedding_cache_dir or here / "cache"), here / "wandb"]
+    private = [f"{folder.resolve().relative_to(here)}/**" for folder in folders if folder.resolve().is_relative_to(here)]
     try:
-        repository = api.create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
+        repository = api.create_repo(args.hub_model_id or here.name, exist_ok=True).repo_id
         api.upload_folder(repo_id=repository, folder_path=output_dir, commit_message="End of training",
-                          ignore_patterns=["checkpoint-*", "checkpoint-*/**", "cache/**", "logs/**", ".*"])
+                          ignore_patterns=["checkpoint-*", f"{args.output_name}-*", ".*", *private])
     except Exception as error:    # network, rights, names: the hub says which
         raise UserError(f"--push_to_hub: {error}. The model is finished and lies in {output_dir}") from error
     say(f"uploaded to {repository}")

@@ -48,6 +48,16 @@ class State:
     step: int = 0                           # optimizer steps done
     unlogged: dict[str, list[float]] = field(default_factory=dict)    # losses and norms since the last line of the log
 
+    def check_space(self, output_dir: Path) -> None:
+        """Refuse a run whose first checkpoint will not fit on the disk. Raises `UserError`."""
+        moments = 2 if isinstance(getattr(self.optimizer, "optimizer", self.optimizer), torch.optim.AdamW) else 0
+        weights = sum(p.nbytes for network in self.networks.values() for p in network.parameters())
+        need = weights * (1 + moments) + (sum(p.nbytes for p in self.average.averages.values()) if self.average else 0)
+        free = shutil.disk_usage(output_dir).free
+        if free < need:
+            raise UserError(f"a checkpoint takes {need / 2**30:.1f} GB and the disk of --output_dir {output_dir} has "
+                            f"{free / 2**30:.1f} GB left: free some, or choose another disk")
+
     def save(self, output_dir: Path, facts: dict, flags: dict, limit: int | None) -> None:
         """Write OUTPUT_DIR/checkpoint-`step`; every process calls this, the main one writes.
 
@@ -87,8 +97,7 @@ class State:
         """Go on from a checkpoint whose networks are loaded already. Raises `UserError` if its state does not fit."""
         try:
             state = torch.load(checkpoint.path / "training_state.pt", map_location="cpu", weights_only=True)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.lr_schedule.load_state_dict(state["lr_schedule"])
+            self._load_optimizer(state["optimizer"], state["lr_schedule"])
             if self.scaler and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             if self.average:
@@ -96,6 +105,17 @@ class State:
         except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
             raise UserError(f"--resume_from_checkpoint: the state in {checkpoint.path} does not fit: {error}") from error
         self.step, self.unlogged = checkpoint.step, checkpoint.manifest["unlogged"]
+
+    def _load_optimizer(self, optimizer: dict, lr_schedule: dict) -> None:
+        """Moments and position of the schedule are the checkpoint's; rates, betas and decay those of this run's flags."""
+        groups, rates = self.optimizer.param_groups, self.lr_schedule.base_lrs
+        flags = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        self.optimizer.load_state_dict(optimizer)
+        self.lr_schedule.load_state_dict(lr_schedule | {"base_lrs": rates})
+        now = [rate * rule(self.lr_schedule.last_epoch) for rate, rule in zip(rates, self.lr_schedule.lr_lambdas, strict=True)]
+        for group, own, rate in zip(self.optimizer.param_groups, flags, now, strict=True):
+            group.update(own, lr=rate)
+        self.lr_schedule._last_lr = now
 
 
 @dataclass(frozen=True)
@@ -135,8 +155,11 @@ def find(output_dir: Path, wanted: str | None) -> tuple[Checkpoint | None, list[
     return None, [*notes, f"no checkpoint in {output_dir}: starting anew"]
 
 
-def compare_flags(checkpoint: Checkpoint, flags: dict) -> list[str]:
-    """Notes on flags that changed since the checkpoint and change the training. Raises `UserError` for decisive ones."""
+def compare_flags(checkpoint: Checkpoint, flags: dict, facts: dict) -> list[str]:
+    """Notes on flags that changed since the checkpoint and change the training. Raises `UserError` for decisive ones.
+
+    facts: as given to `State.save`; what follows from several flags, such as the global batch.
+    """
     old = checkpoint.manifest["flags"]
     new = json.loads(json.dumps(flags))
     for name in _DECISIVE:
@@ -144,13 +167,20 @@ def compare_flags(checkpoint: Checkpoint, flags: dict) -> list[str]:
             raise UserError(f"--resume_from_checkpoint: {checkpoint.path} was made with --{name} {old.get(name)}, not "
                             f"{new.get(name)}: give the old value, or train anew from its weights")
     changed = [name for name in new if name not in _HARMLESS and name in old and old[name] != new[name]]
-    return [f"--{name} is now {new[name]}, the checkpoint was made with {old[name]}" for name in changed]
+    notes = [f"--{name} is now {new[name]}, the checkpoint was made with {old[name]}" for name in changed]
+    manifest = checkpoint.manifest
+    return notes + [f"the {name.replace('_', ' ')} is now {value}, the checkpoint was made with {manifest[name]}"
+                    for name, value in facts.items() if manifest[name] != value]
 
 
 def clean(output_dir: Path) -> None:
     """Remove what a killed run left half written."""
-    for partial in output_dir.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(partial, ignore_errors=True)
+    for pattern in (".checkpoint-*.tmp", ".saving.tmp", "*/.saving.tmp"):
+        for partial in output_dir.glob(pattern):
+            shutil.rmtree(partial, ignore_errors=True)
+    for pattern in (".*.tmp", ".tmp??????"):    # the second are safetensors' own
+        for partial in output_dir.glob(pattern):
+            partial.unlink(missing_ok=True)
 
 
 def _all(output_dir: Path) -> list[Path]:

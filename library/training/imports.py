@@ -11,11 +11,15 @@ import types
 from pathlib import Path
 
 _UNUSED = ("bitsandbytes", "peft", "scipy", "torchao", "optimum", "sklearn", "pandas", "matplotlib")
+_deferred: set[str] = set()
 
 
 @contextlib.contextmanager
 def lean():
     """Within this context, optional packages that no script needs from diffusers look absent."""
+    if "diffusers" in sys.modules and not _deferred:    # it has looked already: it imports what it found
+        yield
+        return
     hidden = [name for name in _UNUSED if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))    # None: `import` raises, `find_spec` finds nothing
     _ask_again()
@@ -57,3 +61,4 @@ def _defer(package: str, folder: str) -> None:
     module.__spec__, module.__path__, module.__package__ = spec, [str(root)], name
     module.__file__, module.__loader__ = spec.origin, spec.loader
     sys.modules[name] = module
+    _deferred.add(name)

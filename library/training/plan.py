@@ -23,10 +23,11 @@ def due(order: Sampler, step: int, every_steps: int | None, every_epochs: int | 
     return bool(every_epochs) and order.epoch_of(step) // every_epochs > order.epoch_of(step - 1) // every_epochs
 
 
-def model_name(args, order: Sampler, step: int) -> str | None:
-    """Name of the model to save after step number `step`, in kohya's numbering, if one is due."""
+def model_names(args, order: Sampler, step: int) -> list[str]:
+    """Names of the models that are due after step number `step`, in kohya's numbering."""
+    names = []
     if args.save_every_n_steps and step % args.save_every_n_steps == 0:
-        return f"{args.output_name}-step{step:08d}"
+        names.append(f"{args.output_name}-step{step:08d}")
     if due(order, step, None, args.save_every_n_epochs):
-        return f"{args.output_name}-{order.epoch_of(step):06d}"
-    return None
+        names.append(f"{args.output_name}-{order.epoch_of(step):06d}")
+    return names

@@ -58,8 +58,8 @@ def faults(drawn: dict) -> list[str]:
     for name, (_, image) in drawn.items():
         if image is None:
             said.append(f"{name} is NaN or infinite: the model or the VAE has overflowed")
-        elif np.ptp(np.asarray(image)) == 0:
-            said.append(f"{name} is {'black' if not np.asarray(image).any() else 'of one colour'} throughout")
+        elif (np.asarray(image) == np.asarray(image)[0, 0]).all():
+            said.append(f"{name} is {'of one colour' if np.asarray(image).any() else 'black'} throughout")
     return said
 
 

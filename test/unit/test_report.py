@@ -178,7 +178,17 @@ def test_the_page_stands_alone_and_shows_everything(tmp_path):
     charts = [attributes for tag, attributes in page.tags if tag == "svg"]
     assert len(charts) == 6 and all(chart["role"] == "img" and chart["aria-label"] for chart in charts)
     assert ("html", {"lang": "en"}) in page.tags and [tag for tag, _ in page.tags].count("h1") == 1
-    for words in ("<b>Run</b> & {co}", command, "2.9.1", "<i>", "&1", "note <1>", "1024 × 1024", "1,203 images"):
+    for words in (
+        "<b>Run</b> & {co}",
+        command,
+        "2.9.1",
+        "<i>",
+        "&1",
+        "note <1>",
+        "1024 × 1024",
+        "1,203 images",
+        "Steps an epoch",
+    ):
         assert words in page.text, words
     # The stand-ins for the colours of the page have all been replaced.
     assert "#0a0b0" not in text and "var(--accent)" in text
@@ -203,12 +213,6 @@ def test_headline_figures(tmp_path):
     assert page.card("Waiting for data") == "37.5%"
     assert page.card("Peak memory") == "20.0 GB"
     assert page.card("Wall time") == "0:13:20"
-
-
-def test_steps_an_epoch_are_shown_where_they_are_known(tmp_path):
-    write_metrics(tmp_path, [row(1)])
-    assert "Steps an epoch" in report(tmp_path)[1].text
-    assert "Steps an epoch" not in report(tmp_path, buckets=[{"width": 64, "height": 64, "images": 0}])[1].text
 
 
 def test_images_are_small_and_show_first_and_last_step(tmp_path):
@@ -242,7 +246,10 @@ def test_unreadable_images_and_prompts_are_named_not_hidden(tmp_path):
 @pytest.mark.parametrize("count", [0, 1])
 def test_short_runs_without_images(tmp_path, count):
     write_metrics(tmp_path, [row(step, grad_norm=None) for step in range(1, count + 1)])
-    _, page = report(tmp_path, buckets=[], versions={})
+    # A command line that is not UTF-8 reaches Python like this.
+    buckets, command = [{"width": 64, "height": 64, "images": 0}] * count, "x.py --name " + os.fsdecode(b"caf\xe9")
+    _, page = report(tmp_path, buckets=buckets, versions={}, command=command)
+    assert r"x.py --name caf\udce9" in page.text and "Steps an epoch" not in page.text
     assert "No validation images." in page.text and "chart-grad_norm" not in page.ids
     with Image.open(write_loss_curve(tmp_path)) as image:
         assert image.format == "PNG" and image.width > 1000
@@ -260,24 +267,18 @@ def test_losses_that_are_not_finite_are_reported(tmp_path):
 
 
 def test_a_long_run_makes_a_small_file(tmp_path):
-    noise = np.random.default_rng(0).random((20_000, 2))
+    noise = np.random.default_rng(0).random((8_000, 2))
     rows = [row(i + 1, loss=float(a), grad_norm=float(b)) for i, (a, b) in enumerate(noise)]
-    rows[12_345]["loss"] = 1e6  # one peak: it must be in the picture, on a scale that leaves the rest legible
+    rows[1_234]["loss"] = 1e6  # one peak: it must be in the picture, on a scale that leaves the rest legible
     write_metrics(tmp_path, rows)
     text, _ = report(tmp_path)
-    assert len(text) < 1_000_000
+    assert len(text) < 500_000
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):
     write_metrics(tmp_path, [row(1, grad_norm=None)])
     write_images(tmp_path, [1])
     assert report(tmp_path)[0] == report(tmp_path)[0]
-
-
-def test_a_command_that_is_not_utf8_is_shown(tmp_path):
-    write_metrics(tmp_path, [row(1)])
-    _, page = report(tmp_path, command="x.py --name " + os.fsdecode(b"caf\xe9"))
-    assert r"x.py --name caf\udce9" in page.text
 
 
 def test_import_leaves_plotting_alone_and_drawing_leaves_pyplot_alone(tmp_path):

@@ -1,0 +1,61 @@
+"""What the benchmarks share: the launch of a training script, its flags, and what a tree of processes uses."""
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+OURS = HERE.parent / "train_sdxl.py"
+
+
+@dataclass(frozen=True)
+class Used:
+    cpu: float     # seconds, user and system, of the process and all its children
+    wall: float    # seconds
+
+
+def flags(data: Path, model: str, output: Path, *more: str, photos: str = "photos") -> list[str]:
+    """The run that every benchmark makes, in flags that our script and the peer's both know."""
+    return ["--pretrained_model_name_or_path", str(data / model), "--train_data_dir", str(data / photos), "--resolution", "256",
+            "--center_crop", "--train_batch_size", "4", "--learning_rate", "1e-5", "--seed", "0", "--output_dir", str(output),
+            "--max_train_steps", "20", *more]
+
+
+def launch(script: Path, arguments: list[str], runner: Path | None = None) -> list[str]:
+    """The command `accelerate launch SCRIPT ARGUMENTS`; with `runner`, that script is given SCRIPT to run."""
+    return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", *([str(runner)] if runner else []),
+            str(script), *arguments]
+
+
+def environment(cores: int = 1, python_path: str | None = None, cache: Path | None = None) -> dict[str, str]:
+    """This environment, with one thread, no network, and the datasets library's cache in `cache`."""
+    changes = {"OMP_NUM_THREADS": str(cores), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if python_path:
+        changes["PYTHONPATH"] = python_path
+    if cache:
+        changes["HF_DATASETS_CACHE"] = str(cache)
+    return os.environ | changes
+
+
+def pin(core: int | None) -> None:
+    """Keep this process and its children on one core, where the system can."""
+    if core is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})
+
+
+def run(command: list[str], environment: dict[str, str]) -> Used:
+    """Run to the end; what it said is shown only when it fails."""
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    with tempfile.TemporaryFile("w+") as said:
+        status = subprocess.call(command, env=environment, stdout=said, stderr=said)
+        if status:
+            said.seek(0)
+            sys.exit(f"{said.read()[-4000:]}\n{' '.join(command)} ended with status {status}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Used(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.perf_counter() - begin)

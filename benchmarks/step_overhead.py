@@ -1,0 +1,147 @@
+"""Share of the training loop that is not forward, backward, clipping or optimizer, and whole steps against a bare loop.
+
+    python benchmarks/make_data.py out/bench
+    python benchmarks/step_overhead.py out/bench --model tiny --steps 120
+
+Runs train_sdxl.py in this process with warm caches and counts CPU-seconds around the calls of the UNet, of backward,
+of clip_grad_norm_ and of the optimizer; all the rest of a step (batch, loss, log, schedule) is the overhead.
+Before every step it also makes a step of a bare loop on a second UNet with the same batch: forward, backward,
+clipping, fused AdamW and nothing else. So both see the same machine; medians over the steps are compared.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measured import OURS, environment, flags, pin
+from measured import run as fill
+
+WARM_UP = 5    # first steps, not counted
+
+
+class Watch:
+    """Adds up CPU-seconds by name, step by step."""
+
+    def __init__(self):
+        self.steps: list[dict[str, float]] = []
+        self._now, self._since = {}, 0.0
+
+    def timed(self, name: str, function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            begin = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._now[name] = self._now.get(name, 0.0) + time.process_time() - begin
+        return call
+
+    def stop(self) -> None:
+        """A step is over."""
+        now = time.process_time()
+        if self._since:
+            self.steps.append(self._now | {"whole": now - self._since})
+
+    def start(self) -> None:
+        """The next one begins; what was done in between does not count."""
+        self._now, self._since = {}, time.process_time()
+
+
+class BareLoop:
+    """Forward, backward, clipping and fused AdamW on ready tensors."""
+
+    def __init__(self, model: Path):
+        import torch
+        from diffusers import UNet2DConditionModel
+        self.unet = UNet2DConditionModel.from_pretrained(model / "unet").train()
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-5, fused=True)
+        self.seconds: list[float] = []
+
+    def step(self, batch: dict) -> None:
+        import torch
+        ready = [batch["latents"].clone(), torch.randint(0, 1000, (len(batch["latents"]),)), batch["prompt_embeds"].clone()]
+        cond = {"text_embeds": batch["pooled_prompt_embeds"].clone(), "time_ids": batch["time_ids"].clone()}
+        noise = batch["noise"].clone()
+        begin = time.process_time()
+        prediction = self.unet(*ready, added_cond_kwargs=cond).sample
+        torch.nn.functional.mse_loss(prediction, noise).backward()
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.seconds.append(time.process_time() - begin)
+
+
+def instrument(watch: Watch, bare: BareLoop | None) -> None:
+    """Put timers around what the loop calls; the training script itself is as it is."""
+    import torch
+    from accelerate import Accelerator
+
+    from library.data.loader import Loader
+    from library.models import sdxl
+    Accelerator.backward = watch.timed("backward", Accelerator.backward)
+    Accelerator.clip_grad_norm_ = watch.timed("clip", Accelerator.clip_grad_norm_)
+    torch.optim.AdamW.step = watch.timed("optimizer", torch.optim.AdamW.step)
+    load_part, batches = sdxl.load_part, Loader.batches
+
+    def load_and_time(base, part, *rest):
+        model = load_part(base, part, *rest)
+        if part == "unet":
+            model.forward = watch.timed("forward", model.forward)
+        return model
+
+    def batches_between_bare_steps(self, first_step, steps):
+        composed = batches(self, first_step, steps)
+        for step in range(first_step, steps):
+            watch.stop()
+            if bare:
+                bare.step(self.compose(step, 0))
+            watch.start()
+            yield next(composed)
+
+    sdxl.load_part, Loader.batches = load_and_time, batches_between_bare_steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="the folder of make_data.py")
+    parser.add_argument("--model", default="tiny", choices=("tiny", "small"))
+    parser.add_argument("--photos", default="photos_80", help="folder of photographs in DATA")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--no_bare", action="store_true", help="leave out the bare loop")
+    parser.add_argument("--core", type=int, help="keep everything on this core")
+    args = parser.parse_args()
+    pin(args.core)
+    os.environ.update(environment())
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = flags(args.data, args.model, Path(folder) / "out", "--max_train_steps", str(args.steps),
+                    "--embedding_cache_dir", str(Path(folder) / "cache"), photos=args.photos)
+        fill([sys.executable, str(OURS), *run], environment())    # the caches; its output is of no use here
+        sys.path.insert(0, str(OURS.parent))
+        import train_sdxl
+        watch = Watch()
+        instrument(watch, None if args.no_bare else (bare := BareLoop(args.data / args.model)))
+        run[run.index("--output_dir") + 1] = str(Path(folder) / "again")
+        train_sdxl.main(train_sdxl.parse_args(run))
+
+    steps = watch.steps[WARM_UP:]
+    whole = sum(step["whole"] for step in steps)
+    parts = {name: sum(step.get(name, 0.0) for step in steps) for name in ("forward", "backward", "clip", "optimizer")}
+    print(f"\n{args.model}: {len(steps)} steps of {statistics.median(step['whole'] for step in steps):.4f} CPU-s (median)")
+    for name, seconds in parts.items():
+        print(f"  {name:10} {seconds / whole:7.2%}")
+    each = [1 - sum(step.get(name, 0.0) for name in parts) / step["whole"] for step in steps]
+    print(f"  overhead   {1 - sum(parts.values()) / whole:7.2%}  (median of the steps {statistics.median(each):.2%})")
+    if not args.no_bare:
+        ratios = [step["whole"] / seconds for step, seconds in zip(steps, bare.seconds[WARM_UP:], strict=False)]
+        print(f"  bare loop  {statistics.median(bare.seconds[WARM_UP:]):.4f} CPU-s a step; "
+              f"a whole step is {statistics.median(ratios):.3f} of it (median of pairs)")
+
+
+if __name__ == "__main__":
+    main()
