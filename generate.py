@@ -69,13 +69,13 @@ def load_pipeline(args, device: str):
     """The model as a text-to-image or image-to-image pipeline on the device; the VAE stays float32."""
     kind = diffusers.StableDiffusionXLImg2ImgPipeline if args.image else diffusers.StableDiffusionXLPipeline
     path, dtype = find_model(args.model, "--model", sdxl.PARTS), sdxl.DTYPES[args.precision]
-    options = {"torch_dtype": dtype, "add_watermarker": False}
+    options = {"dtype": dtype, "add_watermarker": False}
     try:
         if path.is_file():
             pipeline = kind.from_single_file(path, **options, **({"config": args.config} if args.config else {}))
         else:
             if args.raw:
-                options["unet"] = diffusers.UNet2DConditionModel.from_pretrained(path / "unet_raw", torch_dtype=dtype)
+                options["unet"] = diffusers.UNet2DConditionModel.from_pretrained(path / "unet_raw", dtype=dtype)
             pipeline = kind.from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise errors.UserError(f"--model: cannot load {args.model}: {error}") from error

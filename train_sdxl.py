@@ -66,6 +66,7 @@ def main(args):
     optimizers.check_optimizer(args, device.type)
     base = sdxl.find_base(args)
     schedule = sdxl.load_schedule(base, args.prediction_type, args.zero_terminal_snr)
+    sdxl_output.check_base(base, schedule)
     timestep_cdf = ddpm.cumulative(ddpm.timestep_bias(
         args.timestep_bias_strategy, schedule.config.num_train_timesteps, args.timestep_bias_multiplier,
         args.timestep_bias_begin, args.timestep_bias_end, args.timestep_bias_portion)).to(device)

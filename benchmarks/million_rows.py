@@ -50,6 +50,7 @@ def main() -> None:
     scanned, begin = megabytes(), time.perf_counter()
     table = build(records, names, texts, np.arange(rows + 1), resolution=(1024, 1024), bucket=(512, 2048, 64))
     built = time.perf_counter()
+    del records    # as a run does
     order = Sampler(table.bucket_of, 0, 16)
     steps = order.steps_before(10)
     most = order.last_visit(steps) + 1
@@ -60,8 +61,8 @@ def main() -> None:
     end = time.perf_counter()
     print(f"{rows:,} rows in {len(np.unique(table.bucket_of))} buckets: table {built - begin:.2f} s, order and first batch of "
           f"{len(prompts)} in bucket {table.buckets[bucket]} {end - built:.2f} s, together {end - begin:.2f} s")
-    print(f"memory: {most_megabytes():.0f} MB at the most: {empty:.0f} MB Python and packages, {scanned - empty:.0f} MB the rows "
-          f"as scanned, {most_megabytes() - scanned:.0f} MB for this")
+    print(f"memory: {most_megabytes():.0f} MB at the most ({empty:.0f} MB Python and packages, {scanned - empty:.0f} MB the rows "
+          f"as scanned, {most_megabytes() - scanned:.0f} MB for this); {megabytes() - empty:.0f} MB stay while training")
     assert len(ids) == len(prompts)
 
 

@@ -5,6 +5,7 @@ import errno
 import sys
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO}
 
 
 class UserError(Exception):
@@ -13,22 +14,34 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def exit_on_user_error(program: str):
-    """Print a `UserError` (or a full disk) as one message and leave with status 2; with 130 on Ctrl-C."""
+    """Print a `UserError` (or what the disk refuses) as one message and leave with status 2; with 130 on Ctrl-C."""
     try:
         yield
     except UserError as error:
         message = str(error)
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if error.errno in _NO_SPACE:
+            message = disk_full(error)
+        elif error.errno in _NO_ACCESS and error.filename:
+            message = f"{error.filename}: {error.strerror}. Give this user the right to it, or name another place"
+        else:
             raise
-        message = disk_full(error)
     except KeyboardInterrupt:    # before the first step: what is cached so far is kept
+        _close_bars()
         print(f"{program}: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     else:
         return
+    _close_bars()
     print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _close_bars() -> None:
+    """End the line of a progress bar: the message has its own."""
+    tqdm = sys.modules.get("tqdm")
+    for bar in list(getattr(tqdm.tqdm, "_instances", ())) if tqdm else ():
+        bar.close()
 
 
 def disk_full(error: OSError) -> str:

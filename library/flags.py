@@ -48,7 +48,7 @@ def add_data_flags(parser: Parser) -> None:
         help="column that holds the caption, or a list of captions of which each visit takes one")
     add("--caption_extension", metavar="EXT", help="extension of the caption files (default: .txt, then .caption)")
     add("--max_train_samples", type=COUNT, metavar="N", help="use N images, chosen at random by the seed")
-    add("--resolution", type=size, default=(1024, 1024), metavar="SIZE",
+    add("--resolution", type=size, default="1024", metavar="SIZE",
         help="size of the training images: 1024, or 1024,768")
     switch(group, "center_crop", "cut the middle out of the resized image; without it the place is random")
     switch(group, "random_crop", "with buckets: cut at a random place instead of the middle")

@@ -17,7 +17,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=38, width=120)
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS):
+        if action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS):
             return action.help
         return f"{action.help} (default: %(default)s)"
 

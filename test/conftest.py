@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("steady", deadline=None, derandomize=True)    # what is red is red for everyone, on a busy machine, too
+settings.load_profile("steady")
 SIZES = ((64, 64), (96, 64), (64, 96), (80, 72), (128, 64), (70, 70))
 
 
@@ -37,14 +40,18 @@ def shared_cache(tmp_path_factory):
 
 @pytest.fixture
 def parse(tiny_model, tiny_images, shared_cache, tmp_path):
-    """`parse(*flags)`: the arguments of a small run of train_sdxl.py; later flags go before earlier ones."""
-    import train_sdxl
+    """`parse(*flags)`: the arguments of a small run of train_sdxl.py; later flags go before earlier ones.
 
-    def parse(*flags):
-        return train_sdxl.parse_args([
-            "--pretrained_model_name_or_path", str(tiny_model), "--train_data_dir", str(tiny_images), "--output_dir",
-            str(tmp_path / "out"), "--embedding_cache_dir", str(shared_cache), "--resolution", "64", "--train_batch_size", "2",
-            "--max_train_steps", "2", "--seed", "1", "--report_to", "none", "--logging_steps", "1", *map(str, flags)])
+    without: names of flags that are not to be given at all.
+    """
+    import train_sdxl
+    usual = {"pretrained_model_name_or_path": tiny_model, "train_data_dir": tiny_images, "output_dir": tmp_path / "out",
+             "embedding_cache_dir": shared_cache, "resolution": 64, "train_batch_size": 2, "max_train_steps": 2, "seed": 1,
+             "report_to": "none", "logging_steps": 1}
+
+    def parse(*flags, without=()):
+        given = [f"--{name}={value}" for name, value in usual.items() if name not in without]
+        return train_sdxl.parse_args([*given, *map(str, flags)])
 
     return parse
 
@@ -74,9 +81,9 @@ def train(parse, one_process, monkeypatch):
     """`train(*flags)`: a whole run in this process -> its output folder. The plots of the report are left out."""
     import train_sdxl
 
-    def train(*flags, plots=False):
+    def train(*flags, without=(), plots=False):
         one_process()
-        args = parse(*flags)
+        args = parse(*flags, without=without)
         with monkeypatch.context() as patch:
             if not plots:    # half of the time of so short a run
                 patch.setattr(train_sdxl.report, "write_loss_curve", lambda folder: folder)

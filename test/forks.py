@@ -6,10 +6,12 @@ continues one by the other.
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import resource
 import socket
+import struct
 import sys
 import threading
 import time
@@ -30,8 +32,9 @@ def flags(model, images, output, *more) -> list[str]:
 class Run:
     """A run in a process of its own; what it prints lies in the file `log`.
 
-    setting: env, added to its environment; file_limit, bytes that a file may have, as on a full disk; user, its user id;
-    shard_bytes, the size of the caches' shards; plots=True, with the plots of the report, half of so short a run's time.
+    setting: env, added to its environment; file_limit, bytes that a file may have, as on a full disk; humble=True, without root's right to
+    any file; shard_bytes, the size of the caches' shards; plots=True, with the report's plots, half of
+    so short a run's time.
     """
 
     def __init__(self, flags: list[str], log: Path, **setting):
@@ -125,7 +128,7 @@ def _warm() -> None:
     assert len(threads) == 1, "a parent with threads must not fork"
 
 
-def _run(flags: list[str], log: str, env: dict | None = None, file_limit: int | None = None, user: int | None = None,
+def _run(flags: list[str], log: str, env: dict | None = None, file_limit: int | None = None, humble: bool = False,
          shard_bytes: int | None = None, plots: bool = False) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
@@ -133,9 +136,8 @@ def _run(flags: list[str], log: str, env: dict | None = None, file_limit: int | 
     os.environ.update(env or {})
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    if user is not None:
-        os.setgroups([])
-        os.setuid(user)
+    if humble:    # no capability is left
+        ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
     sys.argv = ["train_sdxl.py", *flags]
     from tqdm import tqdm
 

@@ -147,6 +147,18 @@ def fill(store: Store, groups: list, load, encode, advance) -> None:
     store.refresh()
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file under a temporary name and rename it: it is the old one or the new one, never half of one."""
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:    # a full disk is told without a name
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def sweep(folder: Path) -> None:
     """Remove what killed runs left half written, safetensors' own temporary files too. A living one needs seconds."""
     for partial in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):
@@ -213,9 +225,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        partial.write_text(json.dumps(content))
-        os.replace(partial, path)
+        write_whole(path, json.dumps(content).encode())
     except PermissionError:    # a cache shared read-only
         return

@@ -18,7 +18,7 @@ def load_pixels(source, table: Table, row: int, number: int, mode: str) -> np.nd
     image = images.read_pixels(source.read(int(table.source_row[row])), tuple(table.resized[row].tolist()), mode)
     pixels = np.asarray(image)
     pixels = pixels[:, ::-1] if flip else pixels
-    return np.ascontiguousarray(pixels[top:top + height, left:left + width])
+    return pixels[top:top + height, left:left + width].copy()    # torch wants an array of its own, to write to
 
 
 def latent_key(table: Table, row: int, number: int, recipe: str) -> bytes:

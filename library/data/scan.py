@@ -121,9 +121,12 @@ def _load(path: Path) -> np.ndarray:
 def _save(path: Path, records: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
-    with partial.open("wb") as file:
-        np.save(file, np.sort(records, order="name"), allow_pickle=False)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            np.save(file, np.sort(records, order="name"), allow_pickle=False)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _digest(data: bytes) -> bytes:

@@ -134,8 +134,11 @@ class DataSet:
 
 def _walk(root: Path) -> tuple[list[str], list[str]]:
     """Sorted relative paths of all images, and of all other files. Hidden ones are passed over."""
+    def refuse(error):    # os.walk passes over what it may not read, and says nothing
+        raise error
+
     images, others = [], []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in files:
             path = os.path.relpath(os.path.join(folder, name), root)

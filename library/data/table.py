@@ -114,7 +114,8 @@ def build(records: np.ndarray, names: np.ndarray, captions: np.ndarray, caption_
         bucket_of = geometry.choose_buckets(width, height, buckets)
         resized = geometry.cover(width, height, *np.array(buckets)[bucket_of].T)
     return Table(
-        source_row=np.arange(len(records), dtype=np.int32), name=names, content=records["content"],
+        source_row=np.arange(len(records), dtype=np.int32), name=names,
+        content=records["content"].copy(),    # a view would keep all of `records`: 65 MB a million images
         size=np.stack([width, height], 1).astype(np.int32), resized=np.stack(resized, 1).astype(np.int32),
         bucket_of=bucket_of.reshape(-1).astype(np.int32), buckets=buckets, captions=captions, caption_start=caption_start,
         random_crop=random_crop if bucket else not center_crop, random_flip=random_flip, half_even=bucket is None)

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
-from library.data.cache import sweep
+from safetensors import SafetensorError, safe_open
+
+from library.data.cache import sweep, write_whole
 from library.errors import UserError
 
 SINGLE_FILE = (".safetensors", ".ckpt")
@@ -44,6 +45,31 @@ def _fetch(name: str, flag: str, parts: tuple[str, ...], revision: str | None, v
         raise UserError(f"{flag}: {name} is neither a folder here nor to be had from the hub: {error}") from error
 
 
+def fault_of_network(folder: Path, variant: str | None = None) -> str | None:
+    """Why the network in `folder` cannot be loaded, as far as its config and the headers of its weights tell."""
+    try:
+        json.loads((folder / "config.json").read_text())
+        weights = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")
+                         and (f".{variant}" in file.name if variant else file.name.count(".") == 1))
+        for file in weights:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+    except FileNotFoundError:
+        return f"{folder} has no config.json"
+    except ValueError as error:
+        return f"{folder / 'config.json'} is not JSON: {error}"
+    except SafetensorError as error:
+        return f"{file} is damaged or cut short ({error})"
+    return None if weights else f"{folder} has no weights" + (f" of the variant {variant}" if variant else "")
+
+
+def fault_of_tokenizer(folder: Path) -> str | None:
+    """Why there is no tokenizer in `folder`: transformers would make an empty one, and say nothing."""
+    whole = (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    return None if whole else f"{folder} holds no tokenizer (vocab.json and merges.txt, or tokenizer.json)"
+
+
 def fingerprint(paths: list[Path], memo: Path) -> str:
     """Hash of all files in `paths` (files, or folders with theirs): what makes a cached tensor stale.
 
@@ -64,9 +90,7 @@ def fingerprint(paths: list[Path], memo: Path) -> str:
             total.update(f"{file.name} {fresh[stamp]}".encode())
     if not fresh.keys() <= known.keys():
         memo.parent.mkdir(parents=True, exist_ok=True)
-        partial = memo.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps(known | fresh))
-        os.replace(partial, memo)
+        write_whole(memo, json.dumps(known | fresh).encode())
     return total.hexdigest()
 
 

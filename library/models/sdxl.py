@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from library.errors import UserError
-from library.models.locate import find_model
+from library.models.locate import fault_of_network, fault_of_tokenizer, find_model
 from library.training.imports import lean
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -54,7 +54,12 @@ def find_base(args) -> Base:
                               ("tokenizer_2", "--tokenizer2_path", args.tokenizer2_path)):
         found = find_model(given, flag, (), loose=(f"{part}/*", "*.json", "merges.txt")) if given else configs
         tokenizers.append(found / part if (found / part).is_dir() else found)
-    return Base(path, configs, vae, tuple(tokenizers), args.variant)
+    base = Base(path, configs, vae, tuple(tokenizers), args.variant)
+    networks = [folder for part in PARTS[:4] if (folder := base.files(part)[0]).is_dir()]
+    faults = [fault_of_network(folder, args.variant if folder.parent == path else None) for folder in networks]
+    if faults := [fault for fault in faults + [fault_of_tokenizer(folder) for folder in tokenizers] if fault]:
+        raise UserError(f"the base model cannot be loaded: {'; '.join(faults)}. Copy it again, or name another")
+    return base
 
 
 def load_part(base: Base, part: str, dtype: torch.dtype | None, checkpoint: Path | None = None):
@@ -70,11 +75,15 @@ def load_part(base: Base, part: str, dtype: torch.dtype | None, checkpoint: Path
         return single_file.load_part(path, part, base.configs, dtype or torch.float32).requires_grad_(False)
     folder = path / part if (path / part).is_dir() else path
     variant = base.variant if path == base.path else None
+    options = {"ignore_mismatched_sizes": True} if part.startswith("text") else {}    # told below; its own words are vague
     try:
-        model = _class_of(part).from_pretrained(
-            folder, variant=variant, torch_dtype=dtype or torch.float32, local_files_only=True)
+        model, info = _class_of(part).from_pretrained(folder, variant=variant, dtype=dtype or torch.float32,
+                                                      local_files_only=True, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot load the {part} in {folder}: {error}") from error
+    if wrong := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
+        raise UserError(f"cannot load the {part} in {folder}: {len(wrong)} tensors that its config.json calls for are missing "
+                        f"or of another shape, first {wrong[0]}: the files do not belong together, or are damaged")
     return model.eval().requires_grad_(False)
 
 

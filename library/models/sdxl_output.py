@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from library.data.cache import os_error, share, sync
+from library.errors import UserError
 from library.models import sdxl
 from library.models.sdxl import DTYPES, PARTS, Base
 from library.training import processes
@@ -69,6 +70,14 @@ def make_pipeline(base: Base, unet, vae, schedule):
 def guides_from_encoded(args, base: Base) -> bool:
     """Whether guidance starts from the encoded empty prompt (else from zeros): it does where that was trained."""
     return args.proportion_empty_prompts > 0 or not _index(base)["force_zeros_for_empty_prompt"]
+
+
+def check_base(base: Base, schedule) -> None:
+    """Read what a saved model takes from the base now, not after days of training. Raises `UserError`."""
+    try:
+        _sampler(base, schedule)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"cannot make the scheduler that model_index.json in {base.configs} names: {error}") from error
 
 
 def _save_folder(target: Path, base: Base, networks: dict, dtype, schedule, encoded_null: bool) -> None:

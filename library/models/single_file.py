@@ -267,7 +267,7 @@ def _build(weights, part, config, dtype):
 
     # diffusers 0.42 warns at every cast to a dtype, about no modules at all: that one sentence is kept out of its log.
     logging.getLogger("diffusers.models.modeling_utils").addFilter(lambda r: "float32: []" not in r.getMessage())
-    options = {"config": config, "subfolder": part, "torch_dtype": dtype}
+    options = {"config": config, "subfolder": part, "dtype": dtype}
     if part in ("unet", "vae"):
         cls = diffusers.UNet2DConditionModel if part == "unet" else diffusers.AutoencoderKL
         return cls.from_single_file(weights, **options)

@@ -92,6 +92,8 @@ def open_output(output_dir: Path, base: Path) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir: cannot make {output_dir}: {error.strerror}") from None
+    if not os.access(output_dir, os.W_OK):
+        raise UserError(f"--output_dir: {output_dir} cannot be written to. Choose another folder, or change its rights")
     if processes.is_main():
         checkpoints.clean(output_dir)
     processes.meet()
@@ -116,8 +118,11 @@ class Trackers:
                 raise UserError("--report_to wandb needs `pip install wandb`; or choose tensorboard or none") from None
             # its metadata hold the command line, and so the token
             settings = wandb.Settings(x_disable_meta=args.hub_token is not None)
-            self._wandb = wandb.init(project=args.tracker_project_name, config=public(args), dir=output_dir,
-                                     settings=settings) if main else None
+            try:
+                self._wandb = wandb.init(project=args.tracker_project_name, config=public(args), dir=output_dir,
+                                         settings=settings) if main else None
+            except wandb.errors.Error as error:
+                raise UserError(f"--report_to wandb: {error} Or choose tensorboard or none") from error
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         if self._board:

@@ -233,6 +233,6 @@ def _as_os_error(error: Exception, target: Path) -> Exception:
     """What the writers of safetensors and torch raise for a full disk, as the OSError that it is."""
     if isinstance(error, SafetensorError):
         return OSError(*os_error(error), str(target))
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "inline_container" in str(error)):
         return OSError(errno.ENOSPC, "No space left on device", str(target))
     return error

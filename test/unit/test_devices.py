@@ -82,8 +82,9 @@ def test_the_cpu_as_it_is():
     assert devices.fused_adamw("cpu") and not devices.fused_adamw("npu")
     devices.free_memory("cpu")
     assert "cpu" in devices.description("cpu") and "1 threads" in devices.description("cpu")
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    assert devices.peak_memory("cpu") == pytest.approx(int(peak.split()[1]) / 2**20, rel=0.05)    # as Linux counts it
+    if (status := Path("/proc/self/status")).exists():    # as Linux counts it
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        assert devices.peak_memory("cpu") == pytest.approx(int(peak.split()[1]) / 2**20, rel=0.05)
 
 
 def test_only_one_file_names_devices():

@@ -1,0 +1,35 @@
+"""The pieces of a run of train_sdxl.py, made from its arguments as the script makes them; and calls that are noted."""
+
+from types import SimpleNamespace
+
+import torch
+
+from library.data import dataset, loader
+from library.models import sdxl, sdxl_cache
+from library.models.sdxl_encoders import Encoders
+
+CPU = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", process_index=0, num_processes=1)
+
+
+def make(args, folder) -> SimpleNamespace:
+    """Source, table, encoders, order and loader of a run; its caches lie in `folder`."""
+    encoders = Encoders(args, sdxl.find_base(args), CPU)
+    source, table, notes = dataset.load(args, args.seed, folder / "scan", decode=not args.cache_latents)
+    images_a_step = args.train_batch_size * args.gradient_accumulation_steps
+    table, order, steps, latents = sdxl_cache.cache_images(args, encoders, source, table, args.seed, images_a_step, folder)
+    prompts = sdxl_cache.cache_captions(args, encoders, table, order.last_visit(steps) + 1, folder)
+    made = loader.Loader(table, source, order, latents, prompts, args, args.seed, CPU)
+    return SimpleNamespace(encoders=encoders, source=source, table=table, notes=notes, order=order, steps=steps,
+                           latents=latents, prompts=prompts, loader=made)
+
+
+def note_calls(patch, owner, name: str) -> list:
+    """(positional, keyword) arguments of every call of `owner.name` from here on; the calls go through."""
+    calls, original = [], getattr(owner, name)
+
+    def through(*given, **named):
+        calls.append((given, named))
+        return original(*given, **named)
+
+    patch.setattr(owner, name, through)
+    return calls

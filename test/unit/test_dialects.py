@@ -1,0 +1,162 @@
+"""Other trainers' names, switches with values, and config files: all of them are our flags in the end."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_sdxl
+from library import dialects
+
+NEEDED = ["--pretrained_model_name_or_path=model", "--train_data_dir=images"]
+
+
+def parse(*argv):
+    return train_sdxl.parse_args([*NEEDED, *argv])
+
+
+def refused(capsys, *argv) -> str:
+    with pytest.raises(SystemExit) as ending:
+        parse(*argv)
+    assert ending.value.code == 2
+    return capsys.readouterr().err
+
+
+# names and spellings
+
+ALIASES = [
+    ("vae", "x", "pretrained_vae_model_name_or_path", "x"), ("max_train_epoch", "3", "num_train_epochs", 3),
+    ("max_train_epochs", "3", "num_train_epochs", 3), ("min_snr_gamma", "5", "snr_gamma", 5.0),
+    ("lr_scheduler_num_cycles", "2", "lr_num_cycles", 2), ("lr_scheduler_power", "2", "lr_power", 2.0),
+    ("optimizer_type", "AdamW8bit", "optimizer", "adamw_8bit"), ("optimizer_type", "AdaFactor", "optimizer", "adafactor"),
+    ("optimizer", "AdamW", "optimizer", "adamw"), ("max_data_loader_n_workers", "8", "dataloader_num_workers", 8),
+    ("caption_extention", ".t", "caption_extension", ".t"), ("caption_dropout_rate", "0.1", "proportion_empty_prompts", 0.1),
+    ("resize_interpolation", "area", "image_interpolation_mode", "box"), ("resume", "latest", "resume_from_checkpoint", "latest"),
+    ("image_interpolation_mode", "cubic", "image_interpolation_mode", "bicubic"), ("log_with", "wandb", "report_to", "wandb"),
+    ("log_tracker_name", "x", "tracker_project_name", "x"), ("huggingface_repo_id", "a/b", "hub_model_id", "a/b"),
+    ("huggingface_token", "t", "hub_token", "t"), ("validation_prompts", "a cat", "validation_prompt", ["a cat"]),
+    ("save_precision", "fp32", "save_precision", "float"), ("save_precision", "bfloat16", "save_precision", "bf16"),
+    ("vae_dtype", "float", "vae_dtype", "fp32"), ("mixed_precision", "None", "mixed_precision", "no"),
+    ("resolution", "1024x768", "resolution", (1024, 768)), ("resolution", "512", "resolution", (512, 512))]
+SWITCHES = {"flip_aug": "random_flip", "cache_latents_to_disk": "cache_latents", "xformers":
+            "enable_xformers_memory_efficient_attention", "cache_text_encoder_outputs_to_disk": "cache_text_encoder_outputs"}
+IMPLIED = [("v_parameterization", "prediction_type", "v_prediction"), ("no_half_vae", "vae_dtype", "fp32"),
+           ("use_safetensors", "save_model_as", "safetensors")]
+
+
+@pytest.mark.parametrize("alias, typed, name, value", ALIASES)
+def test_foreign_names_and_spellings(alias, typed, name, value):
+    for argv in ([f"--{alias}={typed}"], [f"--{alias}", typed]):
+        assert getattr(parse(*argv), name) == value
+
+
+@pytest.mark.parametrize("alias", SWITCHES)
+def test_foreign_switches(alias):
+    for argv, value in (([], True), (["true"], True), (["false"], False)):
+        assert getattr(parse(f"--{alias}", *argv), SWITCHES[alias]) is value
+    assert getattr(parse(f"--{alias}=False"), SWITCHES[alias]) is False
+
+
+@pytest.mark.parametrize("alias, name, value", IMPLIED)
+def test_switches_that_imply_a_value(alias, name, value, tmp_path):
+    assert getattr(parse(f"--{alias}"), name) == value
+    for on in (True, False):
+        (tmp_path / "c.json").write_text(json.dumps({alias: on}))
+        assert getattr(parse(f"--config_file={tmp_path / 'c.json'}"), name) == (value if on else getattr(parse(), name))
+
+
+def test_every_foreign_name_is_tried_here():
+    tried = {alias for alias, *_ in ALIASES + IMPLIED} | set(SWITCHES)
+    assert {name.lstrip("-") for name in dialects.names()} <= tried
+
+
+@pytest.mark.parametrize("name", ["enable_bucket", "cache_latents", "use_ema"])
+@pytest.mark.parametrize("text, value", [("true", True), ("True", True), ("1", True), ("yes", True), ("on", True),
+                                         ("false", False), ("FALSE", False), ("0", False), ("no", False), ("off", False)])
+def test_switches_take_a_value(name, text, value):
+    assert getattr(parse(f"--{name}={text}"), name) is value
+    assert getattr(parse(f"--{name}", text), name) is value
+    assert getattr(parse(f"--{name}"), name) is True
+    assert getattr(parse(f"--{name}", f"--{name}={text}"), name) is value    # the later one counts
+
+
+# config files
+
+CONTENT = {"learning_rate": 1e-5, "--enable_bucket": True, "cache_latents": False, "resolution": "512,768", "seed": None,
+           "validation_prompt": ["a cat", "a dog, running"], "max_train_epochs": 7, "output_name": "x=",
+           "optimizer_type": "AdamW"}
+EXPECTED = {"learning_rate": 1e-5, "enable_bucket": True, "cache_latents": False, "resolution": (512, 768), "seed": None,
+            "validation_prompt": ["a cat", "a dog, running"], "num_train_epochs": 7, "output_name": "x=", "optimizer": "adamw"}
+
+
+def toml(content: dict) -> str:
+    lines = []
+    for key, value in content.items():
+        if isinstance(value, dict):
+            lines += [f"[{key}]", toml(value)]
+        elif value is not None:
+            lines.append(f"{key} = {json.dumps(value)}")    # their spellings of these values are the same
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path, kind: str, content: dict) -> str:
+    path = folder / f"config.{kind}"
+    path.write_text(json.dumps(content) if kind == "json" else toml(content), encoding="utf-8")
+    return f"--config_file={path}"
+
+
+@pytest.mark.parametrize("kind", ["json", "toml"])
+@pytest.mark.parametrize("sections", [False, True])
+def test_config_files(tmp_path, kind, sections):
+    content = dict(CONTENT)
+    if sections:
+        keys = list(content)
+        content = {"training": {key: content[key] for key in keys[:4]}, "other": {key: content[key] for key in keys[4:]}}
+    args = vars(parse(write(tmp_path, kind, content)))
+    assert {name: args[name] for name in EXPECTED} == EXPECTED
+    assert args["train_batch_size"] == 16 and args["config_file"] == str(tmp_path / f"config.{kind}")
+
+
+VALUES = {"learning_rate": st.floats(0, 1), "train_batch_size": st.integers(1, 99), "enable_bucket": st.booleans(),
+          "output_name": st.text("ab =-,'\"é", max_size=5), "caption_column": st.sampled_from(["a", "b"]),
+          "validation_prompt": st.lists(st.text("ab é,", min_size=1, max_size=4), min_size=1, max_size=3)}
+SETTINGS = st.fixed_dictionaries({}, optional=VALUES)
+
+
+@given(SETTINGS, SETTINGS, st.sampled_from(["json", "toml"]), st.booleans())
+def test_command_line_goes_before_file_and_file_before_default(tmp_path_factory, typed, filed, kind, file_first):
+    argv = [word for name, value in typed.items()
+            for word in ([f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"])]
+    config = write(tmp_path_factory.mktemp("config"), kind, filed)
+    args = vars(parse(*([config, *argv] if file_first else [*argv, config])))
+    defaults = vars(parse())
+    assert {name: args[name] for name in VALUES} == {name: defaults[name] for name in VALUES} | filed | typed
+
+
+def test_what_is_needed_may_stand_in_the_file(tmp_path):
+    file = write(tmp_path, "toml", {"pretrained_model_name_or_path": "m", "train_data_dir": "d"})
+    assert train_sdxl.parse_args([file]).train_data_dir == "d"
+
+
+@pytest.mark.parametrize("kind, text, words", [
+    ("json", '{"learning_rat": 1}', ["--learning_rat", "--learning_rate"]), ("toml", "seed = 'x'", ["--seed", "'x'"]),
+    ("json", '{"seed": 1', ["config.json", "JSON", "line 1"]), ("toml", "seed = \n", ["config.toml", "TOML", "line 1"]),
+    ("json", "[1]", ["config.json", "one object"]), ("json", '{"train_batch_size": 1.5}', ["--train_batch_size", "1.5"]),
+    ("json", '{"a": {"seeed": 3}}', ["--seeed", "--seed"]), ("yaml", "seed: 1", ["config.yaml", ".json", ".toml"])])
+def test_mistakes_in_a_file(capsys, tmp_path, kind, text, words):
+    path = tmp_path / f"config.{kind}"
+    path.write_text(text)
+    said = refused(capsys, f"--config_file={path}")
+    assert said.count("\n") == 1 and all(word in said for word in words), said
+
+
+def test_a_file_that_is_not_utf8(capsys, tmp_path):
+    (tmp_path / "config.json").write_bytes('{"output_name": "Hünd"}'.encode("latin-1"))
+    assert "config.json" in refused(capsys, f"--config_file={tmp_path / 'config.json'}")
+
+
+def test_the_value_of_a_flag_is_never_taken_for_another_flags(tmp_path):
+    args = parse("--output_name", "vae", "--validation_prompt", "xformers", "optimizer_type", "--seed", "3")
+    assert (args.output_name, args.validation_prompt, args.seed) == ("vae", ["xformers", "optimizer_type"], 3)

@@ -1,0 +1,211 @@
+"""The command line: every flag, its default, its aliases, config files, and what is said to a mistake."""
+
+import ast
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from library import flags
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py"))
+NEEDED = ["--pretrained_model_name_or_path=model", "--train_data_dir=images"]
+
+
+def script(name: str = "train_sdxl.py"):
+    return __import__(name.removesuffix(".py"))
+
+
+def parse(*argv):
+    return script().parse_args([*NEEDED, *argv])
+
+
+def parser_of(name: str = "train_sdxl.py") -> flags.Parser:
+    """The parser that a script builds, caught when it is about to parse."""
+    caught = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flags.Parser, "parse_args", lambda self, argv=None: caught.append(self) or sys.exit(0))
+        with pytest.raises(SystemExit):
+            script(name).parse_args([])
+    return caught[0]
+
+
+ACTIONS = {action.dest: action for action in parser_of()._actions if action.dest != "help"}
+
+
+def refused(capsys, *argv) -> str:
+    """The one line said to a command line that is refused."""
+    with pytest.raises(SystemExit) as ending:
+        script().parse_args(list(argv))
+    said = capsys.readouterr().err
+    assert ending.value.code == 2 and said.count("\n") == 1 and said.startswith(Path(sys.argv[0]).name + ": error: ")
+    return said
+
+
+# every flag
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_has_help_and_stands_in_a_group_with_a_title(name):
+    parser = parser_of(name)
+    for group in parser._action_groups:
+        if group.title in ("positional arguments", "options"):
+            assert [action.dest for action in group._group_actions] in ([], ["help"])
+        assert group.title
+        for action in group._group_actions:
+            assert action.help and action.help[0] != " " and not action.help.endswith("."), action.dest
+    titles = [group.title for group in parser._action_groups]
+    assert len(set(titles)) == len(titles)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_committed_help_is_the_live_one(name):
+    live = subprocess.run([sys.executable, name, "--help"], cwd=REPOSITORY, env=os.environ | {"COLUMNS": "120"}, text=True,
+                          capture_output=True, check=True).stdout
+    page = f"docs/help/{Path(name).stem}.txt"
+    assert live == (REPOSITORY / page).read_text(), f"COLUMNS=120 python {name} --help > {page}"
+
+
+# column T of the inventory of diffusers' scripts: train_text_to_image_sdxl.py
+DIFFUSERS = dict(
+    pretrained_vae_model_name_or_path=None, revision=None, variant=None, dataset_name=None, dataset_config_name=None,
+    cache_dir=None, image_column="image", caption_column="text", num_validation_images=4, validation_epochs=1,
+    max_train_samples=None, proportion_empty_prompts=0, output_dir="sdxl-model-finetuned", seed=None, center_crop=False,
+    random_flip=False, image_interpolation_mode="lanczos", train_batch_size=16, num_train_epochs=100, max_train_steps=None,
+    checkpointing_steps=500, checkpoints_total_limit=None, resume_from_checkpoint=None, gradient_accumulation_steps=1,
+    gradient_checkpointing=False, learning_rate=1e-4, scale_lr=False, lr_scheduler="constant", lr_warmup_steps=500,
+    timestep_bias_strategy="none", timestep_bias_multiplier=1.0, timestep_bias_begin=0, timestep_bias_end=1000,
+    timestep_bias_portion=0.25, snr_gamma=None, noise_offset=0, prediction_type=None, use_ema=False, use_8bit_adam=False,
+    adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-2, adam_epsilon=1e-8, max_grad_norm=1.0, allow_tf32=False,
+    mixed_precision=None, dataloader_num_workers=0, local_rank=-1, enable_npu_flash_attention=False,
+    enable_xformers_memory_efficient_attention=False, report_to="tensorboard", logging_dir="logs", push_to_hub=False,
+    hub_model_id=None, hub_token=None,
+    resolution=(1024, 1024),    # theirs is one side: 1024
+    validation_prompt=[])    # theirs is one, or None
+
+
+def test_diffusers_flags_have_diffusers_defaults():
+    args = vars(parse())
+    assert {name: args[name] for name in DIFFUSERS} == DIFFUSERS
+    assert args["pretrained_model_name_or_path"] == "model" and args["train_data_dir"] == "images"    # no default there either
+    assert args["cache_latents"] is True and args["cache_text_encoder_outputs"] is True    # diffusers' script always caches
+
+
+ASCEND = """--max_train_steps=9 --max_train_epoch=120 --pretrained_model_name_or_path=model --vae=vae-fix --tokenizer1_path=t1
+    --tokenizer2_path=t2 --train_data_dir=images --resolution=1024,1024 --enable_bucket --min_bucket_reso=512
+    --max_bucket_reso=2048 --output_dir=out --output_name=sdxl --save_every_n_epochs=10 --save_precision=float
+    --logging_dir=logs --gradient_checkpointing --gradient_accumulation_steps=1 --learning_rate=1e-6 --train_text_encoder
+    --learning_rate_te1=1e-7 --learning_rate_te2=1e-7 --lr_warmup_steps=0 --max_grad_norm=1.0
+    --lr_scheduler=cosine_with_restarts --lr_scheduler_num_cycles=1 --train_batch_size=4 --mixed_precision=fp16 --seed=1
+    --caption_extension=.txt --shuffle_caption --keep_tokens=1 --optimizer_type=AdamW --max_token_length=77
+    --enable_npu_flash_attention"""
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_command_line_of_ascends_scripts(apart):
+    argv = ASCEND.split()
+    argv = [part for word in argv for part in word.split("=")] if apart else argv
+    args = vars(script().parse_args(argv))
+    expected = dict(
+        max_train_steps=9, num_train_epochs=120, pretrained_model_name_or_path="model", tokenizer1_path="t1",
+        tokenizer2_path="t2", pretrained_vae_model_name_or_path="vae-fix", train_data_dir="images", resolution=(1024, 1024),
+        enable_bucket=True, min_bucket_reso=512, max_bucket_reso=2048, output_dir="out", output_name="sdxl",
+        save_every_n_epochs=10, save_precision="float", logging_dir="logs", gradient_checkpointing=True,
+        gradient_accumulation_steps=1, learning_rate=1e-6, train_text_encoder=True, learning_rate_te1=1e-7,
+        learning_rate_te2=1e-7, lr_warmup_steps=0, max_grad_norm=1.0, lr_scheduler="cosine_with_restarts", lr_num_cycles=1,
+        train_batch_size=4, mixed_precision="fp16", seed=1, caption_extension=".txt", shuffle_caption=True, keep_tokens=1,
+        optimizer="adamw", max_token_length=77, enable_npu_flash_attention=True)
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_every_flag_is_read_by_something_that_acts_on_it():
+    read = {"config_file"}    # read by dialects.translate, before there are arguments
+    assert "--config_file" in (REPOSITORY / "library/dialects.py").read_text()
+    for path in [REPOSITORY / "train_sdxl.py", *REPOSITORY.glob("library/*/*.py")]:    # flags.check alone would be no use
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
+                read.add(node.attr)
+    assert set(ACTIONS) - read == set()
+    assert read - set(ACTIONS) <= {action.dest for name in SCRIPTS for action in parser_of(name)._actions}
+
+
+def test_nothing_writes_to_the_arguments():
+    for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("library/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            written = isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del))
+            assert not (written and ast.unparse(node.value).lower() == "args"), f"{path.name}:{node.lineno}"
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert called not in ("setattr", "delattr") or ast.unparse(node.args[0]) != "args", f"{path.name}:{node.lineno}"
+
+
+def test_no_shared_flag_is_declared_twice():
+    declared = []
+    for path in [*REPOSITORY.glob("train_*.py"), REPOSITORY / "library/flags.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                named = [word.value for word in node.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+                if ast.unparse(node.func).split(".")[-1] in ("add", "add_argument", "switch") and named:
+                    declared.append(named[0].lstrip("-"))
+    assert set(declared) == set(ACTIONS) and len(set(declared)) == len(declared)
+
+
+# mistakes
+
+@pytest.mark.parametrize("typed, near", [
+    ("--learning_rat=1", "--learning_rate"), ("--resume", None), ("--train_data_dri=x", "--train_data_dir"),
+    ("--enable_buckets", "--enable_bucket"), ("--max_train_epochss=3", "--max_train_epochs"), ("--zzzzqqqq", None)])
+def test_an_unknown_flag_names_the_nearest(capsys, typed, near):
+    if typed == "--resume":    # kohya's name of --resume_from_checkpoint, never an abbreviation
+        assert parse("--resume", "latest").resume_from_checkpoint == "latest"
+        return
+    said = refused(capsys, typed)    # although other flags are missing, too
+    assert f"there is no flag {typed.split('=')[0]}" in said
+    assert (f"did you mean {near}?" in said) if near else "--help" in said
+
+
+@pytest.mark.parametrize("action", [action for action in ACTIONS.values() if action.type or action.choices], ids=lambda a: a.dest)
+def test_a_bad_value_names_its_flag(capsys, action):
+    flag = action.option_strings[0]
+    for argv in ([f"{flag}=@bad"], [flag, "@bad"]):
+        said = refused(capsys, *NEEDED, *argv)
+        assert f"{flag}:" in said and "@bad" in said
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], ["--pretrained_model_name_or_path"]), (NEEDED[:1], ["--train_data_dir", "--dataset_name"]),
+    ([*NEEDED, "--dataset_name=x"], ["--train_data_dir", "--dataset_name"]), ([*NEEDED, "stray"], ["'stray'"]),
+    ([*NEEDED, "--seed"], ["--seed"]), ([*NEEDED, "--resolution=100"], ["--resolution", "100", "multiple of 8"]),
+    ([*NEEDED, "--resolution=64,64,64"], ["--resolution", "64,64,64"]), ([*NEEDED, "--learning_rate=nan"], ["nan"]),
+    ([*NEEDED, "--learning_rate=-1"], ["--learning_rate", "at least 0"]), ([*NEEDED, "--snr_gamma=0"], ["more than 0"]),
+    ([*NEEDED, "--adam_beta2=1.5"], ["--adam_beta2", "at most 1"]), ([*NEEDED, "--train_batch_size=1.5"], ["whole number"]),
+    ([*NEEDED, "--train_batch_size=0"], ["at least 1"]), ([*NEEDED, "--enable_bucket=maybe"], ["--enable_bucket", "maybe"]),
+    ([*NEEDED, "--random_crop"], ["--random_crop", "--enable_bucket"]), ([*NEEDED, "--bucket_no_upscale"], ["--enable_bucket"]),
+    ([*NEEDED, "--keep_tokens=1"], ["--shuffle_caption"]), ([*NEEDED, "--learning_rate_te2=1"], ["--train_text_encoder"]),
+    ([*NEEDED, "--use_8bit_adam", "--optimizer=adafactor"], ["--use_8bit_adam", "adafactor"]),
+    ([*NEEDED, "--use_safetensors=true"], ["--use_safetensors", "--save_model_as"]),
+    ([*NEEDED, "--config_file"], ["--config_file"]), ([*NEEDED, "--config_file=none.json"], ["none.json"]),
+    ([*NEEDED, "--config_file=setup.py"], ["setup.py", ".json", ".toml"])])
+def test_other_mistakes(capsys, argv, words):
+    said = refused(capsys, *argv)
+    assert all(word in said for word in words), said
+
+
+def test_contradictions_are_named_all_at_once(capsys):
+    said = refused(capsys, *NEEDED, "--keep_tokens=2", "--random_crop", "--center_crop", "--learning_rate_te1=0")
+    assert all(word in said for word in ("--keep_tokens", "--random_crop needs", "exclude each other", "--learning_rate_te1"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("argv", [["--help"], ["--hepl"], [], ["--seed=x"], ["--config_file=none.toml"]], ids=str)
+def test_help_and_mistakes_take_no_time_and_no_torch(name, argv):
+    program = f"import runpy, sys\nsys.argv = {[name, *argv]!r}\ntry:\n    runpy.run_path({name!r}, run_name='__main__')\n" \
+              "finally:\n    heavy = {'torch', 'numpy', 'PIL', 'accelerate'} & set(sys.modules)\n    print('heavy:', heavy)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, text=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == (0 if argv == ["--help"] else 2)
+    assert done.stdout.endswith("heavy: set()\n") and "Traceback" not in done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
