@@ -32,9 +32,9 @@ def flags(model, images, output, *more) -> list[str]:
 class Run:
     """A run in a process of its own; what it prints lies in the file `log`.
 
-    setting: env, added to its environment; file_limit, bytes that a file may have, as on a full disk; humble=True, without root's right to
-    any file; shard_bytes, the size of the caches' shards; plots=True, with the report's plots, half of
-    so short a run's time.
+    setting: env, added to its environment; file_limit, bytes that a file may have, as on a full disk; humble=True,
+    without root's right to any file; shard_bytes, the size of the caches' shards; plots=True, with the report's plots,
+    which take half of the time of so short a run.
     """
 
     def __init__(self, flags: list[str], log: Path, **setting):

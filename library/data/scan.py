@@ -5,6 +5,7 @@ the file's size, mtime and ctime are the same.
 """
 
 import hashlib
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from library.data import images
-from library.data.cache import sweep
+from library.data.cache import sweep, write_whole
 from library.errors import UserError
 from library.training import processes
 
@@ -120,13 +121,9 @@ def _load(path: Path) -> np.ndarray:
 
 def _save(path: Path, records: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            np.save(file, np.sort(records, order="name"), allow_pickle=False)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    content = io.BytesIO()    # np.save to a file says nothing of a full disk
+    np.save(content, np.sort(records, order="name"), allow_pickle=False)
+    write_whole(path, content.getbuffer())
 
 
 def _digest(data: bytes) -> bytes:

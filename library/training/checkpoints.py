@@ -23,6 +23,7 @@ from library.errors import UserError
 from library.training import processes
 
 NAME = re.compile(r"checkpoint-(\d+)")
+_ENTRIES = {"step", "ema_updates", "unlogged", "flags", "files"}    # of every manifest
 # Flags that may differ between a run and its continuation without changing what is computed.
 _HARMLESS = {"output_dir", "output_name", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
              "save_every_n_epochs", "save_every_n_steps", "save_model_as", "save_precision", "push_to_hub", "hub_model_id",
@@ -174,11 +175,11 @@ def compare_flags(checkpoint: Checkpoint, flags: dict, facts: dict) -> list[str]
 
 
 def clean(output_dir: Path) -> None:
-    """Remove what a killed run left half written."""
+    """Remove what a killed run left half written: names that only this project and safetensors give."""
     for pattern in (".checkpoint-*.tmp", ".saving.tmp", "*/.saving.tmp"):
         for partial in output_dir.glob(pattern):
             shutil.rmtree(partial, ignore_errors=True)
-    for pattern in (".*.tmp", ".tmp??????"):    # the second are safetensors' own
+    for pattern in (".*.safetensors.tmp", ".*.ckpt.tmp", ".report.html.tmp", ".loss_curve.png.tmp", ".tmp??????"):
         for partial in output_dir.glob(pattern):
             partial.unlink(missing_ok=True)
 
@@ -199,6 +200,8 @@ def _inspect(path: Path) -> tuple[dict, str | None]:
         return {}, "it has no manifest.json, so it was not written to its end or is not ours"
     except (OSError, ValueError) as error:
         return {}, f"its manifest.json cannot be read: {error}"
+    if not isinstance(manifest, dict) or not _ENTRIES <= manifest.keys():
+        return {}, f"its manifest.json lacks {', '.join(sorted(_ENTRIES - set(manifest)))}"
     for name, size in manifest["files"].items():
         file = path / name
         if not file.is_file():

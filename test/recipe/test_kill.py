@@ -75,7 +75,8 @@ def temporary(folder: Path) -> list[Path]:
 def uninterrupted(tiny_model, tiny_images, tmp_path_factory):
     """The uninterrupted run's folder, and how long it was at each phase."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    going, seconds, last = Run(flags(tiny_model, tiny_images, folder / "out", *RICH), folder / "log", plots=True), {}, time.monotonic()
+    going = Run(flags(tiny_model, tiny_images, folder / "out", *RICH), folder / "log", plots=True)
+    seconds, last = {}, time.monotonic()
     while going.poll() is None:
         at, now = phase(going.text(), folder / "out"), time.monotonic()
         seconds[at], last = seconds.get(at, 0) + now - last, now

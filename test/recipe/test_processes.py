@@ -43,7 +43,6 @@ def assert_close(ours: Path, reference: Path, loss: float = 1e-6, weight: float 
     np.testing.assert_allclose(losses(ours), losses(reference), rtol=0, atol=loss)
     mine, theirs = weights(ours), weights(reference)
     assert mine.keys() == theirs.keys()
-    print(ours, "loss", abs(losses(ours)-losses(reference)).max(), "weight", max((mine[key] - theirs[key]).abs().max() for key in mine))
     assert max((mine[key] - theirs[key]).abs().max() for key in mine) <= weight
 
 
@@ -63,8 +62,9 @@ def alone(tiny_model, tiny_images, tmp_path_factory):
 def launched(tiny_model, tiny_images, tmp_path_factory):
     """The run by two processes in batches of 2, with a cache of their own, as a user starts it."""
     output = tmp_path_factory.mktemp("launched") / "out"
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
-                "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", str(free_port())]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
+                "--main_process_port", str(free_port())]
     done = subprocess.run([sys.executable, *launcher, "train_sdxl.py", *command(tiny_model, tiny_images, output, 2)],
                           cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -141,7 +141,8 @@ def test_worker_threads_change_no_bit(alone, shared, tiny_model, tiny_images, tm
         for workers in (0, 2):
             output = tmp_path / name / str(workers)
             output.parent.mkdir(exist_ok=True)
-            run(command(tiny_model, tiny_images, output, 4, "--dataloader_num_workers", workers, *more, *shared), tmp_path / "log")
+            run(command(tiny_model, tiny_images, output, 4, "--dataloader_num_workers", workers, *more, *shared),
+                tmp_path / "log")
         assert_equal(tmp_path / name / "2", tmp_path / name / "0")
     assert_equal(tmp_path / "cached" / "2", alone)
     assert_close(tmp_path / "not cached" / "2", alone, loss=1e-5, weight=1e-4)

@@ -1,0 +1,159 @@
+"""Every flag of train_sdxl.py has a test in which it changes what it says it changes: the list, and its keeper.
+
+An option that is accepted and then ignored is worse than none. A new flag without a line here makes the suite red.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import train_sdxl
+from library import flags, parser
+
+TESTS = Path(__file__).resolve().parents[1]
+MODEL, DATA, TRAINING, OUTPUT = (f"recipe/test_flags_{name}.py::test_" for name in ("model", "data", "training", "output"))
+RATES, HUB, DEVICES = "unit/test_optimizers.py::test_", "recipe/test_hub.py::test_", "unit/test_devices.py::test_"
+REFUSED = DEVICES + "flags_for_other_hardware_are_refused_on_a_cpu"    # without such hardware here, that is the test
+
+SHOWN_BY = {
+    "pretrained_model_name_or_path": MODEL + "base_model",
+    "pretrained_vae_model_name_or_path": MODEL + "vae",
+    "revision": MODEL + "revision",
+    "variant": MODEL + "variant",
+    "single_file_config": MODEL + "single_file_config",
+    "tokenizer1_path": MODEL + "tokenizers",
+    "tokenizer2_path": MODEL + "tokenizers",
+    "max_token_length": MODEL + "max_token_length",
+    "vae_dtype": MODEL + "vae_dtype",
+    "gradient_checkpointing": MODEL + "gradient_checkpointing",
+    "enable_xformers_memory_efficient_attention": REFUSED,
+    "enable_npu_flash_attention": REFUSED,
+    "train_data_dir": DATA + "train_data_dir",
+    "dataset_name": DATA + "dataset_name_its_config_and_cache",
+    "dataset_config_name": DATA + "dataset_name_its_config_and_cache",
+    "cache_dir": DATA + "dataset_name_its_config_and_cache",
+    "image_column": DATA + "columns",
+    "caption_column": DATA + "columns",
+    "caption_extension": DATA + "caption_extension",
+    "max_train_samples": DATA + "max_train_samples",
+    "resolution": DATA + "resolution",
+    "center_crop": DATA + "center_crop",
+    "random_crop": DATA + "random_crop",
+    "random_flip": DATA + "random_flip",
+    "image_interpolation_mode": DATA + "image_interpolation_mode",
+    "enable_bucket": DATA + "bucket_flags",
+    "min_bucket_reso": DATA + "bucket_flags",
+    "max_bucket_reso": DATA + "bucket_flags",
+    "bucket_reso_steps": DATA + "bucket_flags",
+    "bucket_no_upscale": DATA + "bucket_flags",
+    "shuffle_caption": DATA + "shuffle_caption_and_keep_tokens",
+    "keep_tokens": DATA + "shuffle_caption_and_keep_tokens",
+    "proportion_empty_prompts": DATA + "proportion_empty_prompts",
+    "skip_bad_images": DATA + "skip_bad_images",
+    "dataloader_num_workers": DATA + "dataloader_num_workers",
+    "cache_latents": MODEL + "cache_latents",
+    "cache_text_encoder_outputs": MODEL + "cache_text_encoder_outputs",
+    "embedding_cache_dir": MODEL + "embedding_cache_dir",
+    "cache_variants": MODEL + "cache_variants",
+    "vae_batch_size": MODEL + "batch_sizes_of_the_encoders",
+    "text_encoder_batch_size": MODEL + "batch_sizes_of_the_encoders",
+    "train_batch_size": TRAINING + "train_batch_size",
+    "gradient_accumulation_steps": TRAINING + "gradient_accumulation_steps",
+    "num_train_epochs": TRAINING + "length_of_the_run",
+    "max_train_steps": TRAINING + "length_of_the_run",
+    "learning_rate": TRAINING + "learning_rate_and_scale_lr",
+    "scale_lr": TRAINING + "learning_rate_and_scale_lr",
+    "train_text_encoder": TRAINING + "train_text_encoder_and_its_rates",
+    "learning_rate_te1": TRAINING + "train_text_encoder_and_its_rates",
+    "learning_rate_te2": TRAINING + "train_text_encoder_and_its_rates",
+    "lr_scheduler": RATES + "schedules_of_diffusers",
+    "lr_warmup_steps": TRAINING + "learning_rate_schedule_of_a_run",
+    "lr_num_cycles": RATES + "schedules_of_diffusers",
+    "lr_power": RATES + "schedules_of_diffusers",
+    "lr_scheduler_min_lr_ratio": RATES + "schedules_of_transformers",
+    "lr_decay_steps": RATES + "schedules_of_transformers",
+    "lr_scheduler_timescale": RATES + "schedules_of_transformers",
+    "lr_step_rules": RATES + "schedules_of_diffusers",
+    "max_grad_norm": TRAINING + "max_grad_norm",
+    "optimizer": TRAINING + "optimizer_of_a_run",
+    "use_8bit_adam": TRAINING + "optimizer_of_a_run",
+    "adam_beta1": RATES + "adamw_is_torchs",
+    "adam_beta2": RATES + "adamw_is_torchs",
+    "adam_weight_decay": RATES + "adamw_is_torchs",
+    "adam_epsilon": RATES + "adamw_is_torchs",
+    "allow_tf32": REFUSED,
+    "prediction_type": TRAINING + "prediction_type_and_zero_terminal_snr_of_a_run",
+    "snr_gamma": TRAINING + "objective",
+    "noise_offset": TRAINING + "objective",
+    "zero_terminal_snr": TRAINING + "prediction_type_and_zero_terminal_snr_of_a_run",
+    "timestep_bias_strategy": TRAINING + "timestep_bias",
+    "timestep_bias_multiplier": TRAINING + "timestep_bias",
+    "timestep_bias_begin": TRAINING + "timestep_bias",
+    "timestep_bias_end": TRAINING + "timestep_bias",
+    "timestep_bias_portion": TRAINING + "timestep_bias",
+    "use_ema": TRAINING + "use_ema_and_its_decay",
+    "ema_decay": TRAINING + "use_ema_and_its_decay",
+    "output_dir": OUTPUT + "output_dir",
+    "checkpointing_steps": OUTPUT + "checkpointing_steps_and_limit",
+    "checkpoints_total_limit": OUTPUT + "checkpointing_steps_and_limit",
+    "resume_from_checkpoint": OUTPUT + "resume_from_checkpoint",
+    "output_name": OUTPUT + "models_saved_on_the_way",
+    "save_every_n_epochs": OUTPUT + "models_saved_on_the_way",
+    "save_every_n_steps": OUTPUT + "models_saved_on_the_way",
+    "save_model_as": OUTPUT + "save_model_as_and_save_precision",
+    "save_precision": OUTPUT + "save_model_as_and_save_precision",
+    "push_to_hub": HUB + "the_finished_model_is_uploaded_and_nothing_else",
+    "hub_model_id": HUB + "the_finished_model_is_uploaded_and_nothing_else",
+    "hub_token": HUB + "the_token_is_in_no_file",
+    "validation_prompt": OUTPUT + "validation_prompts_images_sizes_and_steps",
+    "validation_negative_prompt": OUTPUT + "validation_guidance_negative_prompt_and_seed",
+    "num_validation_images": OUTPUT + "validation_prompts_images_sizes_and_steps",
+    "validation_epochs": OUTPUT + "when_validation_falls_due",
+    "validation_steps": OUTPUT + "when_validation_falls_due",
+    "validation_resolution": OUTPUT + "validation_prompts_images_sizes_and_steps",
+    "validation_num_inference_steps": OUTPUT + "validation_prompts_images_sizes_and_steps",
+    "validation_guidance": OUTPUT + "validation_guidance_negative_prompt_and_seed",
+    "validation_seed": OUTPUT + "validation_guidance_negative_prompt_and_seed",
+    "config_file": OUTPUT + "config_file",
+    "seed": OUTPUT + "seed",
+    "mixed_precision": OUTPUT + "mixed_precision",
+    "local_rank": OUTPUT + "local_rank",
+    "report_to": OUTPUT + "report_to_and_logging_dir",
+    "logging_dir": OUTPUT + "report_to_and_logging_dir",
+    "tracker_project_name": OUTPUT + "wandb_and_the_name_of_the_project",
+    "logging_steps": OUTPUT + "logging_steps",
+}
+
+
+def names_of_flags(monkeypatch) -> set[str]:
+    """Every flag that the script's parser knows."""
+    made = []
+
+    class Kept(parser.Parser):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(flags, "Parser", Kept)
+    train_sdxl.parse_args(["--pretrained_model_name_or_path", "a", "--train_data_dir", "b"])
+    return {option.removeprefix("--") for action in made[0]._actions for option in action.option_strings
+            if option.startswith("--")} - {"help"}
+
+
+def test_every_flag_has_its_test(monkeypatch):
+    known = names_of_flags(monkeypatch)
+    assert len(known) > 100
+    assert known - SHOWN_BY.keys() == set(), "flags without a test in which they change something"
+    assert SHOWN_BY.keys() - known == set(), "tests of flags that are gone"
+
+
+@pytest.mark.parametrize("file", sorted({place.split("::")[0] for place in SHOWN_BY.values()}))
+def test_the_tests_are_there_and_give_their_flags(file):
+    """By name; and the file names each flag on a command line or in a configuration."""
+    text = (TESTS / file).read_text()
+    functions = {node.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)}
+    for flag, place in SHOWN_BY.items():
+        if place.startswith(file):
+            assert place.split("::")[1] in functions, f"--{flag}: there is no {place}"
+            assert f"--{flag}" in text, f"--{flag} is not given in {file}"
