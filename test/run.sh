@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ./setup.sh requirements-dev.txt
-exec python -m pytest "$@"
+exec python -m pytest -n auto --dist loadfile "$@"

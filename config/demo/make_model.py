@@ -22,6 +22,7 @@ SEED = 0
 VAE = Path(__file__).parent / "vae"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 HIDDEN, HIDDEN_2 = 32, 64  # of the two text encoders (SDXL: 768 and 1280); concatenated for the UNet's attention
+TEXT_WEIGHT_GAIN = 2.5  # of the random text encoders over CLIP's initial weights
 TIME_ID_CHANNELS = 32  # a number (SDXL: 256), of which there are six
 
 
@@ -51,7 +52,11 @@ def make_tokenizer(pad_token):
 
 
 def make_text_encoder(model_class, hidden, activation, tokenizer):
-    """A random CLIP text encoder, whose embeddings have unit spread: CLIP's 0.02 would leave all words alike."""
+    """A random CLIP text encoder in which captions differ, as they would not with CLIP's own initial weights.
+
+    Embeddings of 0.02 would leave all words alike; small weights would average words without their order, and
+    leave the 70-odd padding places, which the UNet attends to as well, empty of the caption.
+    """
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -67,8 +72,12 @@ def make_text_encoder(model_class, hidden, activation, tokenizer):
     )
     encoder = model_class(config)
     for name, weight in encoder.named_parameters():
-        if "embedding" in name:
+        if "token_embedding" in name:
             torch.nn.init.normal_(weight, std=1.0)
+        elif "position_embedding" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+        elif weight.ndim == 2 and ".layers." in name:
+            weight.data.mul_(TEXT_WEIGHT_GAIN)
     return encoder.eval()
 
 

@@ -3,8 +3,8 @@
     python config/demo/make_images.py out/demo/images
     python config/demo/train_vae.py out/demo/images config/demo/vae
 
-Factor 8 and 4 latent channels, as SDXL's. After training, each latent channel is centred and stretched, inside the
-1x1 convolutions around the latents, to the spread that makes SDXL's own scaling factor the right one.
+Factor 8 and 4 latent channels, as SDXL's. After training, the latents are centred and stretched, inside the
+1x1 convolutions around the latents, to the spread that makes SDXL's own scaling factor the right one (standardize).
 """
 
 import argparse
@@ -84,25 +84,28 @@ def spread_of_latents(vae, groups):
     posteriors = [vae.encode(as_input(part)).latent_dist for group in groups for part in group.split(256)]
     means = torch.cat([posterior.mean.transpose(0, 1).flatten(1) for posterior in posteriors], dim=1)  # [4, pixels]
     widths = torch.cat([posterior.std.transpose(0, 1).flatten(1) for posterior in posteriors], dim=1)
-    return means.mean(dim=1), means.std(dim=1), widths.mean(dim=1)
+    return means.mean(dim=1), means.std(dim=1), (widths.mean(dim=1) / means.std(dim=1))
 
 
 @torch.no_grad()
-def standardize(vae, mean, std):
-    """Give each latent channel mean 0 and deviation 1 / SCALING_FACTOR; what is decoded stays the same.
+def standardize(vae, mean, std, width):
+    """Let all four latent channels show the picture, with mean 0 and deviation 1 / SCALING_FACTOR.
 
-    New latent = (old - mean) * gain, written into the convolution before the latents and undone in the one after.
-    The posterior is made narrow. A scan is 8x8 numbers, so one channel nearly suffices, and the KL term widens the
-    posterior of the other three until it is all noise: harmless to the decoder, but not a thing to train on.
+    A scan is 8x8 numbers, so one channel suffices, and the KL term gives the other three up: their posterior is
+    wide noise that the decoder ignores. So the one of the narrowest posterior is written to all four, with signs
+    in turn, and the decoder takes the mean of the four. Both are linear: they go into the 1x1 convolutions before
+    and after the latents.
     """
-    gain = 1 / (std * SCALING_FACTOR)  # [4]
+    chosen = width.argmin()
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    gain = signs / (std[chosen] * SCALING_FACTOR)  # [4]
     before, after = vae.quant_conv, vae.post_quant_conv
-    before.bias[:4].sub_(mean).mul_(gain)
-    before.weight[:4].mul_(gain[:, None, None, None])
-    before.weight[4:].zero_()  # the other four outputs are the logarithm of the variance
-    before.bias[4:].fill_(2 * math.log(POSTERIOR_STD / SCALING_FACTOR))
-    after.bias.add_(after.weight[:, :, 0, 0] @ mean)
-    after.weight.div_(gain[None, :, None, None])
+    before.bias[:4] = (before.bias[chosen] - mean[chosen]) * gain
+    before.weight[:4] = before.weight[chosen] * gain[:, None, None, None]
+    before.weight[4:] = 0  # the other four outputs are the logarithm of the variance
+    before.bias[4:] = 2 * math.log(POSTERIOR_STD / SCALING_FACTOR)
+    after.bias.add_(after.weight[:, :, 0, 0] @ mean)  # what the other three channels hold on average stays
+    after.weight[:] = after.weight[:, chosen, None] / gain[None, :, None, None] / 4
 
 
 def main():
@@ -117,9 +120,9 @@ def main():
     vae = new_vae()
     print(f"{sum(p.numel() for p in vae.parameters()):,} weights, {sum(map(len, groups)):,} pictures")
     train(vae, groups, args.steps)
-    standardize(vae, *spread_of_latents(vae.eval(), groups)[:2])
-    mean, std, width = (SCALING_FACTOR * value for value in spread_of_latents(vae, groups))
-    print(f"scaled latents: mean {mean.tolist()}, deviation {std.tolist()}, posterior deviation {width.tolist()}")
+    standardize(vae, *spread_of_latents(vae.eval(), groups))
+    mean, std, width = spread_of_latents(vae, groups)
+    print("scaled latents: mean", mean * SCALING_FACTOR, "deviation", std * SCALING_FACTOR, "posterior's share", width)
     vae.save_pretrained(args.out)
 
 

@@ -267,12 +267,12 @@ def _build(weights, part, config, dtype):
 
     # diffusers 0.42 warns at every cast to a dtype, about no modules at all: that one sentence is kept out of its log.
     logging.getLogger("diffusers.models.modeling_utils").addFilter(lambda r: "float32: []" not in r.getMessage())
-    options = {"config": config, "subfolder": part, "dtype": dtype}
+    options = {"config": config, "subfolder": part}
     if part in ("unet", "vae"):
         cls = diffusers.UNet2DConditionModel if part == "unet" else diffusers.AutoencoderKL
-        return cls.from_single_file(weights, **options)
+        return cls.from_single_file(weights, dtype=dtype, **options)
     cls = transformers.CLIPTextModel if part == "text_encoder" else transformers.CLIPTextModelWithProjection
-    return create_diffusers_clip_model_from_ldm(cls, weights, **options)
+    return create_diffusers_clip_model_from_ldm(cls, weights, torch_dtype=dtype, **options)
 
 
 def contents_of(path: str | Path) -> tuple[list[str], str, bool]:

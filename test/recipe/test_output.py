@@ -58,6 +58,14 @@ def draw(pipeline) -> np.ndarray:
                     output_type="np").images
 
 
+def single_file(model: Path, path: Path) -> Path:
+    """The pipeline in a folder as one file."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model)
+    states = {part: getattr(pipeline, part).state_dict() for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    save_single_file(path, states, pipeline.unet.config)
+    return path
+
+
 def losses(output: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
@@ -71,10 +79,12 @@ def test_the_terminal_is_quiet(folder):
 
 
 def test_the_terminal_is_quiet_otherwise(tiny_model, tiny_images, tmp_path):
-    """Nothing cached, text encoders trained, bf16, threads, 8-bit AdamW, one file."""
-    text, foreign = cold(*flags(tiny_model, tiny_images, tmp_path / "out", "--max_train_steps", 1, "--train_text_encoder",
-                                "--cache_latents=false", "--gradient_checkpointing", "--mixed_precision", "bf16",
-                                "--dataloader_num_workers", 2, "--use_8bit_adam", "--save_model_as", "ckpt"))
+    """From one file to one file; nothing cached, text encoders trained, bf16, threads, 8-bit AdamW."""
+    base = single_file(tiny_model, tmp_path / "base.safetensors")
+    text, foreign = cold(*flags(base, tiny_images, tmp_path / "out", "--single_file_config", tiny_model, "--max_train_steps", 1,
+                                "--save_model_as", "ckpt", "--cache_latents=false", "--train_text_encoder",
+                                "--gradient_checkpointing", "--mixed_precision", "bf16", "--dataloader_num_workers", 2,
+                                "--use_8bit_adam"))
     assert foreign == [] and f"wrote {tmp_path / 'out' / 'last.ckpt'}" in text
 
 
@@ -116,11 +126,11 @@ def test_one_file_draws_what_the_folder_draws(folder, save, tiny_model, kind):
     output = save("--save_model_as", kind, "--output_name", "mine")
     assert not (output / "model_index.json").exists()
     whole = StableDiffusionXLPipeline.from_pretrained(folder[0])
-    single = StableDiffusionXLPipeline.from_single_file(str(output / f"mine.{kind}"), config=str(tiny_model), local_files_only=True)
+    single, raw = (StableDiffusionXLPipeline.from_single_file(str(output / f"{name}.{kind}"), config=str(tiny_model),
+                                                              local_files_only=True) for name in ("mine", "mine-raw"))
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         assert equal(getattr(whole, part).state_dict(), getattr(single, part).state_dict())
     assert np.array_equal(draw(whole), draw(single))
-    raw = StableDiffusionXLPipeline.from_single_file(str(output / f"mine-raw.{kind}"), config=str(tiny_model), local_files_only=True)
     assert equal(raw.unet.state_dict(), load_file(folder[0] / "unet_raw" / WEIGHTS))
     assert not np.array_equal(draw(whole), draw(raw))
 
@@ -138,10 +148,7 @@ def test_save_precision(folder, save, name, dtype):
 
 @pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
 def test_training_starts_from_one_file(folder, save, tiny_model, tmp_path, kind):
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model)
-    states = {part: getattr(pipeline, part).state_dict() for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
-    save_single_file(tmp_path / f"base.{kind}", states, pipeline.unet.config)
-    output = save("--single_file_config", tiny_model, model=tmp_path / f"base.{kind}")
+    output = save("--single_file_config", tiny_model, model=single_file(tiny_model, tmp_path / f"base.{kind}"))
     assert losses(output) == losses(folder[0]) and len(losses(output)) == 4
     for part in ("unet", "unet_raw"):
         assert equal(load_file(output / part / WEIGHTS), load_file(folder[0] / part / WEIGHTS))

@@ -130,6 +130,12 @@ def test_without_decoding_only_headers_are_looked_at(spoilt):
     assert "cut.png" not in notes[0] and "4 of 8" in notes[0]
 
 
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_bad_image_is_named_at_every_scan(spoilt, decode):
+    notes = [load(spoilt, "--skip_bad_images", decode=decode)[2] for _ in range(3)]
+    assert notes[0] and notes[0] == notes[1] == notes[2]
+
+
 def test_a_mended_image_is_good_again(spoilt):
     load(spoilt, "--skip_bad_images", decode=True)
     for name in BAD:
