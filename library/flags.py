@@ -200,7 +200,7 @@ def add_validation_flags(parser: Parser) -> None:
         help="sizes of the images (default: --resolution)")
     add("--validation_num_inference_steps", type=COUNT, default=25, metavar="N", help="denoising steps")
     add("--validation_guidance", type=NOT_NEGATIVE, default=5.0, metavar="G", help="classifier-free guidance scale")
-    add("--validation_seed", type=number(int, low=0), metavar="N", help="seed of the images (default: --seed)")
+    add("--validation_seed", type=number(int, low=0, high=2**63 - 1), metavar="N", help="seed of the images (default: --seed)")
 
 
 def check(parser: Parser, args: argparse.Namespace) -> None:

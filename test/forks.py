@@ -85,7 +85,7 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def until(condition, seconds: float = 60, pause: float = 0.001):
+def until(condition, seconds: float = 120, pause: float = 0.001):
     """Wait for `condition()` -> what it returned."""
     end = time.monotonic() + seconds
     while not (value := condition()):

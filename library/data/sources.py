@@ -139,12 +139,14 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
 
     images, others = [], []
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        here = os.path.realpath(folder) + os.sep
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".")    # nor a link back to where it lies in
+                               and not here.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep))
         for name in files:
             path = os.path.relpath(os.path.join(folder, name), root)
             if not name.startswith("."):
                 (images if name.lower().endswith(EXTENSIONS) else others).append(path)
-    return sorted(images), others
+    return sorted(images), sorted(others)
 
 
 def _stamp(path: Path) -> tuple[str, int, int, int]:

@@ -152,7 +152,7 @@ def test_asked_to_stop(long, how, tmp_path):
         going = launch([*(accelerate if "accelerate" in how else []), "train_sdxl.py", *command(output)], log)
     until(lambda: going.poll() is not None or (output / "metrics.jsonl").exists() and len(numbers(output)) > 2)
     going.send_signal(signal.SIGINT if how == "SIGINT" else signal.SIGTERM)
-    assert going.wait(60) == (-signal.SIGTERM if "accelerate" in how else 0), log.read_text()
+    assert going.wait(120) == (-signal.SIGTERM if "accelerate" in how else 0), log.read_text()
     text = until(lambda: log.read_text() if "stopped after step" in log.read_text() else "")
     (saved,) = output.glob("checkpoint-*")
     step = int(saved.name.partition("-")[2])

@@ -176,6 +176,6 @@ def test_torch_run_is_asked_to_stop(tiny_model, tiny_images, tmp_path, shared):
                                  stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     until(lambda: going.poll() is not None or (output / "metrics.jsonl").exists() and len(losses(output)) > 1)
     going.terminate()
-    assert going.wait(60) == 1
+    assert going.wait(120) == 1
     stopped = re.search(r"stopped after step (\d+) of 30", log.read_text())
     assert stopped and (output / f"checkpoint-{stopped[1]}" / "manifest.json").exists()

@@ -99,6 +99,16 @@ def test_a_bucket_of_another_shape_changes_the_latents_in_it(place):
     assert changed == [True, True, False, True]    # the square image is cut from the same place of the same picture
 
 
+def test_a_resize_by_one_pixel_more_has_another_key(place):
+    """130 x 70 becomes 118 x 64 as diffusers rounds and 119 x 64 as kohya does; both are cut from the same place."""
+    one = ("--enable_bucket", "--min_bucket_reso=64", "--max_bucket_reso=64")
+    tables = [place.run(*flags)[2] for flags in (CENTRE, one)]
+    assert [table.resized[3].tolist() for table in tables] == [[118, 64], [119, 64]]
+    assert tables[0].cut(3, 0) == tables[1].cut(3, 0) == (27, 0, False)
+    (*same, rounded), (*others, other) = place.latents(*CENTRE).values(), place.latents(*one).values()
+    assert same == others and rounded != other
+
+
 def test_cuts_and_mirrored_images_have_keys_of_their_own(place):
     centre, mirrored, cuts = (place.latents(*flags) for flags in (CENTRE, (*CENTRE, "--random_flip"), ("--random_flip",)))
     assert [len(keys) for keys in mirrored.values()] == [2] * 4 and [len(keys) for keys in cuts.values()] == [4, 4, 2, 4]

@@ -178,6 +178,7 @@ def test_a_bad_value_names_its_flag(capsys, action):
     ([], ["--pretrained_model_name_or_path"]), (NEEDED[:1], ["--train_data_dir", "--dataset_name"]),
     ([*NEEDED, "--dataset_name=x"], ["--train_data_dir", "--dataset_name"]), ([*NEEDED, "stray"], ["'stray'"]),
     ([*NEEDED, "--seed"], ["--seed"]), ([*NEEDED, "--resolution=100"], ["--resolution", "100", "multiple of 8"]),
+    ([*NEEDED, f"--validation_seed={2**64}"], ["--validation_seed", "at most"]),
     ([*NEEDED, "--resolution=64,64,64"], ["--resolution", "64,64,64"]), ([*NEEDED, "--learning_rate=nan"], ["nan"]),
     ([*NEEDED, "--learning_rate=-1"], ["--learning_rate", "at least 0"]), ([*NEEDED, "--snr_gamma=0"], ["more than 0"]),
     ([*NEEDED, "--adam_beta2=1.5"], ["--adam_beta2", "at most 1"]), ([*NEEDED, "--train_batch_size=1.5"], ["whole number"]),

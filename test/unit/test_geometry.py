@@ -259,6 +259,12 @@ def test_every_place_of_a_random_crop_is_equally_likely():
     assert len(counts) == 5 and (np.abs(counts - 600) < 120).all()    # five standard deviations
 
 
+def test_visits_take_turns_and_half_of_the_images_start_mirrored():
+    table = table_of([(64, 64)] * 1000, resolution=(64, 64), random_flip=True)
+    flips = np.array([[table.cut(row, number)[2] for number in range(4)] for row in range(1000)])
+    assert abs(flips[:, 0].sum() - 500) < 80 and (flips[:, 1:] != flips[:, :-1]).all()
+
+
 def test_variants_counts_the_different_cuts():
     sizes, options = [(128, 64), (64, 64)], {"resolution": (64, 64)}
     for random_flip, center_crop, most, expected in [

@@ -115,6 +115,12 @@ def test_extensions_in_capitals_and_links_are_followed(folder, tmp_path):
     assert source.read(4) == png(6)
 
 
+def test_a_link_back_to_a_folder_above_is_not_walked_in_circles(folder):
+    (folder / "b/loop").symlink_to(folder)
+    (folder / "b/here").symlink_to(folder / "b")
+    assert Folder(str(folder)).names.tolist() == NAMES
+
+
 def test_no_folder_and_no_images(tmp_path):
     refused(lambda: Folder(str(tmp_path / "none")), "--train_data_dir", "none")
     (tmp_path / "a.txt").write_text("text")
@@ -148,6 +154,12 @@ def test_metadata_in_subfolders_names_files_beside_itself(folder, kind):
     write_metadata(folder / kind, ROWS[:1])
     write_metadata(folder / "b" / kind, [{**row, "file_name": Path(row["file_name"]).name} for row in ROWS[1:]])
     assert captions_of(Folder(str(folder))) == {name: [f"text, of {name}"] for name in NAMES}
+
+
+def test_of_two_kinds_of_metadata_jsonl_goes_before_csv(folder):
+    for kind in ("metadata.jsonl", "metadata.csv"):    # whatever the order in which the file system lists them
+        write_metadata(folder / kind, [{**row, "text": kind} for row in ROWS])
+        assert captions_of(Folder(str(folder))) == {name: ["metadata.jsonl"] for name in NAMES}
 
 
 def test_several_captions_of_an_image(folder):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 
 from library.diffusion.ema import EMA
@@ -103,6 +103,21 @@ def test_images_that_show_nothing_are_named():
     assert images.faults(drawn) == ["black.png is black throughout", "red.png is of one colour throughout",
                                     "grey.png is of one colour throughout",
                                     "nan.png is NaN or infinite: the model or the VAE has overflowed"]
+
+
+def test_latents_are_decoded_as_the_pipeline_decodes_them(tiny_model):
+    """StableDiffusionXLPipeline: latents * std / scaling_factor + mean; where the VAE has neither, / scaling_factor."""
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    for mean, std in ((None, None), ([0.3, -0.4, 0.5, 0.0], [0.5, 1.5, 2.0, 1.0])):
+        vae = AutoencoderKL.from_pretrained(tiny_model / "vae")
+        vae.register_to_config(latents_mean=mean, latents_std=std)
+        given = latents / 0.5
+        if mean:
+            given = latents * torch.tensor(std).view(1, 4, 1, 1) / 0.5 + torch.tensor(mean).view(1, 4, 1, 1)
+        with torch.no_grad():
+            wanted = ((vae.decode(given).sample / 2 + 0.5).clamp(0, 1)[0] * 255).round().permute(1, 2, 0)
+        (image,) = images.decode(vae, latents)
+        assert np.abs(np.asarray(image) - wanted.numpy()).max() <= 1 and wanted.std() > 1
 
 
 def test_latents_that_overflow_become_a_named_fault(pipeline):
