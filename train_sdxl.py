@@ -121,7 +121,7 @@ def main(args):
         if args.validation_prompt and (step == steps or plan.due(order, step, args.validation_steps, args.validation_epochs)):
             pipeline = sdxl_output.make_pipeline(base, unet, encoders.vae, schedule)
             shown = encoders.shown(args, prompts, sdxl_output.guides_from_encoded(args, base))
-            validation.run(args, pipeline, shown, unet, average, step, output, trackers, accelerator)
+            validation.run(args, seed, pipeline, shown, unet, average, step, output, trackers, accelerator)
         for name in plan.model_names(args, order, step) if step < steps else ():
             sdxl_output.save_model(output / name, args, base, networks, average, schedule)
 

@@ -30,7 +30,8 @@ RENAMED = {
     "log_tracker_name": "tracker_project_name",
     "huggingface_repo_id": "hub_model_id",
     "huggingface_token": "hub_token",
-    # diffusers' sibling scripts
+    # diffusers' sibling scripts, and torch.distributed.launch
+    "local-rank": "local_rank",
     "validation_prompts": "validation_prompt",
 }
 

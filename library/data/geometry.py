@@ -60,9 +60,11 @@ def without_upscaling(widths, heights, area: int, step: int):
     image rounded down to `step`. Unlike kohya's, no side is ever rounded down to nothing.
     Returns (bucket_w, bucket_h, resized_w, resized_h).
     """
-    parts = [_without_upscaling(widths[start:start + _CHUNK], heights[start:start + _CHUNK], area, step)
-             for start in range(0, max(len(widths), 1), _CHUNK)]
-    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+    fitted = np.empty((4, len(widths)), np.int32)
+    for start in range(0, len(widths), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        fitted[:, rows] = _without_upscaling(widths[rows], heights[rows], area, step)
+    return fitted
 
 
 def _without_upscaling(widths, heights, area: int, step: int):

@@ -122,7 +122,7 @@ class DataSet:
     def stamp(self, row: int) -> tuple[str, int, int, int]:
         if self._by_path and isinstance(value := self._image(row), str):    # the file can change and the data set not
             return _stamp(Path(value))
-        return f"{self._fingerprint} {self.names[row]}", 0, 0, 0
+        return f"{self._fingerprint} {self._column} {self.names[row]}", 0, 0, 0
 
     def _image(self, row: int) -> bytes | str | None:
         """The encoded bytes in the data set, or the path of the file that has them."""

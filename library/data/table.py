@@ -104,7 +104,7 @@ def build(records: np.ndarray, names: np.ndarray, captions: np.ndarray, caption_
         resized = geometry.fixed(width, height, resolution)
     elif no_upscale:
         bucket_w, bucket_h, *resized = geometry.without_upscaling(width, height, resolution[0] * resolution[1], bucket[2])
-        sides, bucket_of = np.unique(bucket_w << 32 | bucket_h, return_inverse=True)    # one number a shape: lean to sort
+        sides, bucket_of = np.unique(bucket_w.astype(np.int64) << 32 | bucket_h, return_inverse=True)    # a number each: lean
         buckets = [(side >> 32, side & 2**32 - 1) for side in sides.tolist()]
     else:
         try:

@@ -87,7 +87,8 @@ def fingerprint(paths: list[Path], memo: Path) -> str:
             status = file.stat()
             stamp = f"{file.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
             fresh[stamp] = known.get(stamp) or _hash(file)
-            total.update(f"{file.name} {fresh[stamp]}".encode())
+            name = file.name if path.is_dir() else ""    # one file may be renamed
+            total.update(f"{name} {fresh[stamp]}".encode())
     if not fresh.keys() <= known.keys():
         memo.parent.mkdir(parents=True, exist_ok=True)
         write_whole(memo, json.dumps(known | fresh).encode())

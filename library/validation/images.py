@@ -81,7 +81,7 @@ def grid(images: list, columns: int) -> Image.Image:
     return sheet
 
 
-def run(args, pipeline, shown: tuple, network, average, step: int, output_dir: Path, trackers, accelerator) -> None:
+def run(args, seed: int, pipeline, shown: tuple, network, average, step: int, output_dir: Path, trackers, accelerator) -> None:
     """Draw, save and report the validation images of a step, with averaged weights if there are any."""
     if not accelerator.is_main_process:
         return
@@ -89,7 +89,7 @@ def run(args, pipeline, shown: tuple, network, average, step: int, output_dir: P
     with average.applied(network) if average else contextlib.nullcontext():
         drawn = draw(pipeline, *shown, args.validation_resolution or [args.resolution], count=args.num_validation_images,
                      steps=args.validation_num_inference_steps, guidance=args.validation_guidance,
-                     seed=args.validation_seed if args.validation_seed is not None else args.seed or 0,
+                     seed=seed if args.validation_seed is None else args.validation_seed,
                      autocast=accelerator.autocast, device=accelerator.device)
     network.train()
     save(drawn, output_dir / "validation" / f"step-{step:06d}")

@@ -113,6 +113,9 @@ def test_kill_9_anywhere(uninterrupted, tiny_model, tiny_images, tmp_path):
             for path in strays:
                 path.touch()
                 os.utime(path, (time.time() - 7200,) * 2)
+            for name in (".tmpAbC123", ".last.ckpt.tmp", ".checkpoint-7.tmp/file", "last-step00000003/.saving.tmp/file"):
+                (output / name).parent.mkdir(exist_ok=True)
+                (output / name).touch()
             run(command, log)
             assert not temporary(output)
             assert_same(output, whole, STEPS)

@@ -32,11 +32,14 @@ names = np.array([f"folder/{{row:08d}}.jpg" for row in range({ROWS})], Text)
 # two captions for every tenth image, as a source gives them: lists of texts
 texts = [[f"a photo of number {{row}}, in colour, by hand"] * (1 + (row % 10 == 0)) for row in range({ROWS})]
 
-def used():
-    return resource.getrusage(resource.RUSAGE_SELF)
+def peak():    # in MB. Linux lets ru_maxrss begin with that of the process that started this one
+    if sys.platform == "linux":
+        return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 def seconds():
-    return used().ru_utime + used().ru_stime
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 before = seconds()
 flat, start = flatten(texts)
@@ -50,7 +53,7 @@ spent = seconds() - before
 last = order.steps_before(1) - 1
 shown = {{table.buckets[where] for where in table.bucket_of[rows]}}
 print(json.dumps(dict(
-    seconds=spent, peak=used().ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), rows=len(table), batch=len(batch),
+    seconds=spent, peak=peak(), rows=len(table), batch=len(batch),
     buckets=len(shown), target=[[ids[5], ids[4]] for _, ids in batch][0], shape=list(table.buckets[bucket]), steps=last + 1,
     texts=int(start[-1]), torch="torch" in sys.modules, different=len({{text for text, _ in batch}}),
     last=len(set(order.batch(last)[1].tolist())))))

@@ -155,11 +155,10 @@ class Board:
 
 def validate(pipeline, prompts, network, average, folder, **flags):
     args = SimpleNamespace(**{"validation_resolution": [(64, 64)], "resolution": (64, 64), "num_validation_images": 1,
-                              "validation_num_inference_steps": 2, "validation_guidance": 5.0, "validation_seed": 3,
-                              "seed": 1} | flags)
+                              "validation_num_inference_steps": 2, "validation_guidance": 5.0, "validation_seed": 3} | flags)
     board = Board()
     accelerator = SimpleNamespace(is_main_process=True, autocast=contextlib.nullcontext, device=torch.device("cpu"))
-    images.run(args, pipeline, (prompts[:1], prompts[2]), network, average, 4, folder, board, accelerator)
+    images.run(args, 1, pipeline, (prompts[:1], prompts[2]), network, average, 4, folder, board, accelerator)
     return board.shown[4]["00-a-photo-of-a-red-cat-64x64-0.png"]
 
 
