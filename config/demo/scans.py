@@ -15,7 +15,7 @@ NUM_HELD_OUT_SCANS = 600
 
 
 def split_scans():
-    """Two disjoint (scans [n, 8, 8] float in 0..1, digits [n]) pairs: to train on, and held out; stratified by digit."""
+    """Two disjoint (scans [n, 8, 8] in 0..1, digits [n]) pairs, stratified by digit: to train on, and held out."""
     digits = load_digits()
     train, held_out, train_digits, held_out_digits = train_test_split(
         digits.images / 16, digits.target, test_size=NUM_HELD_OUT_SCANS, stratify=digits.target, random_state=0

@@ -1,4 +1,4 @@
-"""Train the demo's small VAE on the demo's pictures. It was run once, and config/demo/vae is what it wrote.
+"""Train the demo's small VAE on the demo's pictures. config/demo/vae was made so: trained once, then standardized.
 
     python config/demo/make_images.py out/demo/images
     python config/demo/train_vae.py out/demo/images config/demo/vae

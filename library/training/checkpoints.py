@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,8 +88,9 @@ class State:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         for path in files:
             sync(path)
-        manifest = {"step": self.step, "ema_updates": self.average.updates if self.average else None, "unlogged": self.unlogged,
-                    **facts, "flags": {name: value for name, value in flags.items() if name != "hub_token"},
+        manifest = {"step": self.step, "written": time.time(), "unlogged": self.unlogged, **facts,
+                    "ema_updates": self.average.updates if self.average else None,
+                    "flags": {name: value for name, value in flags.items() if name != "hub_token"},
                     "files": {str(path.relative_to(folder)): path.stat().st_size for path in files}}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
         sync(folder / "manifest.json")
@@ -148,7 +150,7 @@ def find(output_dir: Path, wanted: str | None) -> tuple[Checkpoint | None, list[
             raise UserError(f"--resume_from_checkpoint: {path} is not whole: {fault}")
         return Checkpoint(path, manifest), []
     notes = []
-    for path in sorted(_all(output_dir), key=_step, reverse=True):
+    for path in sorted(_all(output_dir), key=_written, reverse=True):
         manifest, fault = _inspect(path)
         if not fault:
             return Checkpoint(path, manifest), notes
@@ -188,8 +190,13 @@ def _all(output_dir: Path) -> list[Path]:
     return [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
 
 
-def _step(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
+def _written(path: Path) -> tuple[float, int]:
+    """When a checkpoint was written, and its step: of a run begun anew in an older one's folder, the steps are lower."""
+    step = int(NAME.fullmatch(path.name)[1])
+    try:
+        return json.loads((path / "manifest.json").read_text())["written"], step
+    except (OSError, ValueError, KeyError, TypeError):
+        return path.stat().st_mtime, step
 
 
 def _inspect(path: Path) -> tuple[dict, str | None]:
@@ -225,7 +232,7 @@ def _replace(partial: Path, target: Path) -> None:
 
 
 def _rotate(output_dir: Path, limit: int | None) -> None:
-    ours = sorted((path for path in _all(output_dir) if (path / "manifest.json").exists()), key=_step)
+    ours = sorted((path for path in _all(output_dir) if (path / "manifest.json").exists()), key=_written)
     for path in ours[:-limit] if limit else []:
         hidden = path.with_name(f".{path.name}.old.tmp")    # first out of sight, so that a kill leaves no broken one
         os.rename(path, hidden)

@@ -234,6 +234,18 @@ def test_a_checkpoint_that_is_not_whole(finished, tmp_path):
     assert "checkpoint-3 is passed over" in text and "checkpoint-6 is passed over" in text and "starting anew" in text
 
 
+def test_a_run_begun_anew_in_the_folder_of_an_older_one(finished, tmp_path):
+    """Its checkpoints have lower steps and are the newest all the same: to be kept, and to be gone on from."""
+    finished, made = finished
+    output = shutil.copytree(finished, tmp_path / "out")
+    more = [*made, "--output_dir", str(output), "--learning_rate", "1e-3"]
+    run([*more, "--max_train_steps", "2", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"], tmp_path / "log")
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    shutil.copytree(finished / "checkpoint-6", output / "checkpoint-6")
+    text = run([*more, "--resume_from_checkpoint", "latest"], tmp_path / "log")
+    assert f"going on from {output / 'checkpoint-2'}\n" in text and "passed over" not in text
+
+
 @pytest.mark.parametrize("limit", [4_000_000, 12_000_000])
 def test_a_full_disk_at_a_checkpoint(finished, tmp_path, limit):
     """The UNet's 8 MB, or the optimizer's 16, do not fit: checkpoint-3 stays whole, and is gone on from."""

@@ -36,7 +36,8 @@ ALIASES = [
     ("resize_interpolation", "area", "image_interpolation_mode", "box"), ("resume", "latest", "resume_from_checkpoint", "latest"),
     ("image_interpolation_mode", "cubic", "image_interpolation_mode", "bicubic"), ("log_with", "wandb", "report_to", "wandb"),
     ("log_tracker_name", "x", "tracker_project_name", "x"), ("huggingface_repo_id", "a/b", "hub_model_id", "a/b"),
-    ("huggingface_token", "t", "hub_token", "t"), ("validation_prompts", "a cat", "validation_prompt", ["a cat"]),
+    ("huggingface_token", "t", "hub_token", "t"), ("local-rank", "1", "local_rank", 1),
+    ("validation_prompts", "a cat", "validation_prompt", ["a cat"]),
     ("save_precision", "fp32", "save_precision", "float"), ("save_precision", "bfloat16", "save_precision", "bf16"),
     ("vae_dtype", "float", "vae_dtype", "fp32"), ("mixed_precision", "None", "mixed_precision", "no"),
     ("resolution", "1024x768", "resolution", (1024, 768)), ("resolution", "512", "resolution", (512, 512))]
