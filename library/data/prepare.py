@@ -44,8 +44,8 @@ def cache_latents(table: Table, source, store: Store, recipe: str, most: int, ba
     jobs = [(row, number) for row in np.argsort(table.bucket_of, kind="stable").tolist()
             for number in range(table.variants(row, most))]
     keys = np.array([latent_key(table, row, number, recipe) for row, number in jobs], KEY)
-    missing = ~store.has(keys)
-    if not processes.gather([bool(missing.any())]).count(True):
+    missing = np.logical_or.reduce(processes.gather([~store.has(keys)]))    # one view for all: another run may be writing
+    if not missing.any():
         return {}, 0
     buckets = table.bucket_of[[row for row, _ in jobs]]
     groups = [group for group in _batches(buckets, batch_size) if missing[group].any()]
@@ -88,8 +88,8 @@ def cache_prompts(prompts: list[str], store: Store, recipe: str, batch_size: int
     """
     prompts = sorted(set(prompts))
     keys = np.array([prompt_key(prompt, recipe) for prompt in prompts], KEY)
-    missing = ~store.has(keys)
-    if not processes.gather([bool(missing.any())]).count(True):
+    missing = np.logical_or.reduce(processes.gather([~store.has(keys)]))    # one view for all: another run may be writing
+    if not missing.any():
         return 0
     groups = [group for group in _batches(np.zeros(len(prompts)), batch_size) if missing[group].any()]
     encode = make_encoder() if groups else None

@@ -16,9 +16,11 @@ import torch
 from forks import REPOSITORY, flags, free_port, run, together, until
 from safetensors.torch import load_file
 
+from library.data import prepare
 from library.data.cache import Store
 from library.data.loader import Loader
 from library.data.sampler import Sampler
+from library.training import processes
 
 COMMON = ("--max_train_steps", 6, "--checkpointing_steps", 3, "--use_ema", "--enable_bucket", "--min_bucket_reso", 32,
           "--max_bucket_reso", 128, "--bucket_reso_steps", 32, "--random_flip", "--shuffle_caption", "--proportion_empty_prompts",
@@ -109,6 +111,24 @@ def test_two_processes_encode_what_one_encodes(alone, launched):
         assert len(list(ours.folder.glob("*.safetensors"))) == 2, "each process writes its own share"
         for key in ours._keys:
             assert all(torch.equal(ours.read(key, field), theirs.read(key, field)) for field in fields)
+
+
+def test_processes_agree_on_what_is_missing(tmp_path, monkeypatch):
+    """Another run may fill the cache while they look: one that sees all there encodes its share of what others miss."""
+    store, prompts = Store(tmp_path), [f"prompt {number}" for number in range(8)]
+    encoded = []
+
+    def encode(texts):
+        encoded.append(texts)
+        return {"hidden": torch.zeros(len(texts), 1)}
+
+    prepare.cache_prompts(prompts, store, "recipe", 2, lambda: encode)
+    assert sum(encoded, []) == prompts
+    encoded.clear()
+    monkeypatch.setattr(processes, "world", lambda: 2)
+    monkeypatch.setattr(processes, "gather", lambda values: values + [~seen for seen in values])
+    prepare.cache_prompts(prompts, store, "recipe", 2, lambda: encode)
+    assert encoded == [prompts[0:2], prompts[4:6]]
 
 
 def test_accumulation_is_a_larger_batch(alone, shared, tiny_model, tiny_images, tmp_path):
