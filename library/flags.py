@@ -5,6 +5,8 @@ diffusers' names are used where diffusers has the flag; `dialects.py` knows the 
 """
 
 import argparse
+import os
+import sys
 
 from library.parser import COUNT, FRACTION, NOT_NEGATIVE, SIZE_STEP, Parser, number, size, switch  # noqa: F401
 
@@ -229,3 +231,35 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
                       "of the image")
     if faults:
         parser.error("; ".join(faults))
+    if os.environ.get("RANK", "0") == "0":
+        for note in without_effect(parser, args):
+            print(f"{parser.prog}: note: {note}", file=sys.stderr)
+
+
+def without_effect(parser: Parser, args: argparse.Namespace) -> list[str]:
+    """Sentences on flags that were given a value and change nothing, for want of another flag.
+
+    They are not refused: a config file may well list every flag that there is.
+    """
+    schedule, bias = args.lr_scheduler, args.timestep_bias_strategy
+    buckets = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
+    shown = ("validation_negative_prompt", "num_validation_images", "validation_epochs", "validation_steps",
+             "validation_resolution", "validation_num_inference_steps", "validation_guidance", "validation_seed")
+    needs = [    # (flags, whether they are used, why not)
+        (buckets, args.enable_bucket, "without --enable_bucket"),
+        (("center_crop",), not args.enable_bucket, "with --enable_bucket, which cuts the middle out by itself"),
+        (("ema_decay",), args.use_ema, "without --use_ema"),
+        (shown, args.validation_prompt, "without --validation_prompt"),
+        (("hub_model_id", "hub_token"), args.push_to_hub, "without --push_to_hub"),
+        (("timestep_bias_multiplier",), bias != "none", "without --timestep_bias_strategy"),
+        (("timestep_bias_portion",), bias in ("earlier", "later"), "without --timestep_bias_strategy earlier or later"),
+        (("timestep_bias_begin", "timestep_bias_end"), bias == "range", "without --timestep_bias_strategy range"),
+        (("adam_beta1", "adam_beta2", "adam_epsilon"), args.optimizer != "adafactor", "with --optimizer adafactor"),
+    ]
+    schedules = {"lr_num_cycles": ("cosine_with_restarts",), "lr_power": ("polynomial",),
+                 "lr_step_rules": ("piecewise_constant",), "lr_decay_steps": ("warmup_stable_decay",),
+                 "lr_scheduler_timescale": ("inverse_sqrt",),
+                 "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay")}
+    needs += [((name,), schedule in users, f"with --lr_scheduler {schedule}") for name, users in schedules.items()]
+    return [f"--{name} has no effect {why}" for names, used, why in needs if not used
+            for name in names if getattr(args, name) != parser.get_default(name)]

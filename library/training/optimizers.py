@@ -6,6 +6,7 @@ import torch
 
 from library.errors import UserError
 from library.training import devices
+from library.training.accelerator import say
 
 
 def name_of(args) -> str:
@@ -59,6 +60,8 @@ def make_lr_schedule(args, optimizer: torch.optim.Optimizer, steps: int):
     """
     name, rules, min_ratio = args.lr_scheduler, args.lr_step_rules, args.lr_scheduler_min_lr_ratio
     warmup, decay = (round(n * steps) if n < 1 else int(n) for n in (args.lr_warmup_steps, args.lr_decay_steps))
+    if warmup > steps and name not in ("constant", "piecewise_constant"):
+        say(f"--lr_warmup_steps {warmup} is longer than the {steps} steps of the run: the rate never reaches its peak")
     if name in ("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay"):
         from transformers import optimization
         if name == "inverse_sqrt":

@@ -210,3 +210,30 @@ def test_help_and_mistakes_take_no_time_and_no_torch(name, argv):
     assert done.returncode == (0 if argv == ["--help"] else 2)
     assert done.stdout.endswith("heavy: set()\n") and "Traceback" not in done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+@pytest.mark.parametrize("flag, value, why, partner", [
+    ("ema_decay", "0.9", "without --use_ema", "--use_ema"),
+    ("min_bucket_reso", "512", "without --enable_bucket", "--enable_bucket"),
+    ("validation_steps", "5", "without --validation_prompt", "--validation_prompt=cat"),
+    ("hub_token", "secret", "without --push_to_hub", "--push_to_hub"),
+    ("lr_power", "2", "with --lr_scheduler constant", "--lr_scheduler=polynomial"),
+    ("timestep_bias_multiplier", "3", "without --timestep_bias_strategy", "--timestep_bias_strategy=later"),
+    ("timestep_bias_begin", "3", "without --timestep_bias_strategy range", "--timestep_bias_strategy=range")])
+def test_a_flag_that_lacks_its_partner_is_named(capsys, flag, value, why, partner):
+    parse(f"--{flag}={value}")
+    said = capsys.readouterr().err
+    assert said == f"{Path(sys.argv[0]).name}: note: --{flag} has no effect {why}\n"
+    parse(f"--{flag}={value}", partner)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_center_crop_that_buckets_make_by_themselves_is_named(capsys):
+    parse("--center_crop", "--enable_bucket")
+    assert "--center_crop has no effect with --enable_bucket" in capsys.readouterr().err
+
+
+def test_only_the_first_process_names_it(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    parse("--ema_decay=0.9")
+    assert capsys.readouterr().err == ""

@@ -167,6 +167,17 @@ def test_a_warmup_below_one_is_a_share(parse):
         assert share != ours_over(parse, "--lr_scheduler", name, "--lr_warmup_steps", 9)
 
 
+def test_a_warmup_longer_than_the_run_is_said(parse, capsys):
+    def say(*flags):
+        args = parse("--lr_warmup_steps", STEPS + 1, *flags)
+        optimizers.make_lr_schedule(args, torch.optim.AdamW(network().parameters()), STEPS)
+        return capsys.readouterr().out
+
+    assert "--lr_warmup_steps 41 is longer than the 40 steps" in say("--lr_scheduler", "cosine")
+    assert say("--lr_scheduler", "constant") == ""
+    assert say("--lr_scheduler", "cosine", "--lr_warmup_steps", STEPS) == ""
+
+
 @pytest.mark.parametrize(("flags", "words"), [
     (("piecewise_constant",), "--lr_scheduler piecewise_constant needs --lr_step_rules"),
     (("piecewise_constant", "--lr_step_rules", "1-10"), "--lr_step_rules '1-10' is not like"),
