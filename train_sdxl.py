@@ -34,12 +34,14 @@ if __name__ == "__main__":
 
 import torch
 
-from library.data import dataset, loader
+from library.data import dataset, findings, loader
 from library.diffusion import ddpm, ema
 from library.models import sdxl, sdxl_cache, sdxl_encoders, sdxl_output
 from library.training import accelerator as running
 from library.training import checkpoints, meter, optimizers, plan, signals
+from library.validation import dataset_report
 from library.validation import images as validation
+from library.validation import loss as evaluation
 from library.validation import report
 
 
@@ -54,10 +56,10 @@ def training_loss(unet, batch, schedule, timestep_cdf, args):
     prediction = unet(noisy, t, batch["prompt_embeds"], added_cond_kwargs=cond).sample
 
     target = ddpm.target(prediction_type, latents, noise, t, schedule.alphas_cumprod)
-    loss = ddpm.mse_per_sample(prediction, target)                                            # [B]
+    loss = ddpm.mse_per_sample(prediction, target, batch.get("loss_mask"), args.masked_loss_area)    # [B]
     if args.snr_gamma is not None:
         loss = loss * ddpm.min_snr_weight(prediction_type, t, schedule.alphas_cumprod, args.snr_gamma)
-    return loss.mean()
+    return (loss * batch["loss_weight"]).mean()
 
 
 def main(args):
@@ -67,6 +69,7 @@ def main(args):
     base = sdxl.find_base(args)
     schedule = sdxl.load_schedule(base, args.prediction_type, args.zero_terminal_snr)
     sdxl_output.check_base(base, schedule)
+    even_cdf = ddpm.cumulative(torch.full_like(schedule.alphas_cumprod, 1 / schedule.config.num_train_timesteps)).to(device)
     timestep_cdf = ddpm.cumulative(ddpm.timestep_bias(
         args.timestep_bias_strategy, schedule.config.num_train_timesteps, args.timestep_bias_multiplier,
         args.timestep_bias_begin, args.timestep_bias_end, args.timestep_bias_portion)).to(device)
@@ -82,14 +85,18 @@ def main(args):
 
     # data: every image and caption is looked at; what is encoded once need not be encoded again
     cached = Path(args.embedding_cache_dir or output / "cache")
-    source, table, more = dataset.load(args, seed, cached / "scan", decode=not args.cache_latents)
-    for note in notes + more:
+    data = dataset.load(args, seed, cached / "scan", decode=False)
+    for note in notes + data.notes:
         running.say(note)
     encoders = sdxl_encoders.Encoders(args, base, accelerator, found and found.path)
-    table, order, steps, latents = sdxl_cache.cache_images(args, encoders, source, table, seed, global_batch, cached)
-    prompts = sdxl_cache.cache_captions(args, encoders, table, order.last_visit(steps) + 1, cached)
-    running.say(f"{dataset.describe(table)}; {steps} steps of {global_batch}")
-    encoders.free(vae=bool(latents.store and not args.validation_prompt), text=bool(prompts.store))
+    batches_a_step = args.gradient_accumulation_steps * accelerator.num_processes
+    data, order, steps, latents = sdxl_cache.cache_images(args, encoders, data, seed, batches_a_step, cached)
+    prompts = sdxl_cache.cache_captions(args, encoders, data, order, steps, cached)
+    running.say(f"{dataset.describe_table(data.table, batches_a_step)}; {steps} steps")
+    if args.cache_only:
+        return running.say(f"--cache_only: everything is encoded in {cached}; without the flag, the run goes on from here")
+    held_out = data.held_out and sdxl_cache.cache_evaluation(args, encoders, data.held_out, prompts, accelerator, cached)
+    encoders.free(vae=latents.whole and not args.validation_prompt, text=prompts.whole)
 
     # models: the UNet, and with it the text encoders if they are trained
     unet = sdxl.load_part(base, "unet", torch.float32, found and found.path).requires_grad_(True).train()
@@ -111,13 +118,20 @@ def main(args):
         state.load(found)
     state.check_space(output)
 
-    batches = loader.Loader(table, source, order, latents, prompts, args, seed, accelerator)
-    log = meter.Meter(output, trackers, state, steps, args.logging_steps, global_batch, device.type)
+    batches = loader.Loader(data, order, latents, prompts, args, seed, accelerator)
+    log = meter.Meter(output, trackers, state, steps, args.logging_steps, device.type)
     stop = signals.StopRequest()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
+    def on_device(batch):
+        """A batch of the loader, with prompts encoded that are not cached."""
+        return encoders.complete({name: values.to(device, non_blocking=True) for name, values in batch.items()})
+
     def show_and_save(step):
-        """Validation images and a model ready to use, where they fall due after this step."""
+        """Validation images, evaluation loss and a model ready to use, where they fall due after this step."""
+        if held_out and (step == steps or plan.due(order, step, args.eval_steps_interval, None)):
+            evaluation.run(lambda batch: training_loss(unet, batch, schedule, even_cdf, args), held_out, args.num_eval_images,
+                           args.eval_timesteps, [*networks.values()], average, step, output, trackers, accelerator, on_device)
         if args.validation_prompt and (step == steps or plan.due(order, step, args.validation_steps, args.validation_epochs)):
             pipeline = sdxl_output.make_pipeline(base, unet, encoders.vae, schedule)
             shown = encoders.shown(args, prompts, sdxl_output.guides_from_encoded(args, base))
@@ -130,14 +144,14 @@ def main(args):
             show_and_save(state.step)
     for batch in log.waiting(batches.batches(state.step, steps)):
         with accelerator.accumulate(*wrapped):
-            batch = encoders.complete({name: values.to(device, non_blocking=True) for name, values in batch.items()})
+            batch = on_device(batch)
             loss = training_loss(wrapped[0], batch, schedule, timestep_cdf, args)
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
                 log.add_norm(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        log.add(loss)    # stays on the device: no wait for it here
+        log.add(loss, len(batch["latents"]))    # stays on the device: no wait for it here
         if not accelerator.sync_gradients:
             continue
 
@@ -156,6 +170,8 @@ def main(args):
                 break
             show_and_save(state.step)
     log.close()
+    latents.close()
+    prompts.close()
     if state.step < steps:
         return running.say(f"stopped after step {state.step} of {steps}; --resume_from_checkpoint latest goes on from there")
 
@@ -164,7 +180,8 @@ def main(args):
     if accelerator.is_main_process:
         written += [report.write_loss_curve(output), report.write_report(
             output, title=output.resolve().name, command=running.command(), versions=running.versions(device),
-            buckets=table.bucket_counts(), notes=notes + more)]
+            notes=notes + data.notes, style=dataset_report.STYLE,
+            summary=dataset_report.summary_html(data, findings.find(data)))]
     running.publish(args, output)
     trackers.close()
     for path in written:

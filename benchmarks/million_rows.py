@@ -36,6 +36,7 @@ def main() -> None:
     from library.data import captions
     from library.data.sampler import Sampler
     from library.data.scan import RECORD
+    from library.data.specs import Buckets, Origin, Spec
     from library.data.table import Text, build
 
     empty, draw = megabytes(), np.random.default_rng(0)
@@ -48,14 +49,16 @@ def main() -> None:
         names[part] = [f"folder/image{number:07d}.jpg" for number in piece]
         texts[part] = [f"a photograph of thing number {number}, seen from afar" for number in piece]
     scanned, begin = megabytes(), time.perf_counter()
-    table = build(records, names, texts, np.arange(rows + 1), resolution=(1024, 1024), bucket=(512, 2048, 64))
+    rules = captions.Rules(shuffle=True, keep=1, empty=0.1)
+    spec = Spec("set", Origin("folder", "folder"), Buckets((1024, 1024), 512, 2048), rules)
+    table, _ = build(spec, records, names, texts, np.arange(rows + 1))
     built = time.perf_counter()
     del records    # as a run does
     order = Sampler(table.bucket_of, 0, 16)
     steps = order.steps_before(10)
-    most = order.last_visit(steps) + 1
+    most, = order.visits(steps)
     bucket, first, visits = order.batch(0)
-    prompts = [captions.pick(table.texts(row), 0, int(row), int(visit), most, empty=0.1, shuffle=True, keep=1)
+    prompts = [captions.pick(table.texts(row), rules, 0, int(row), int(visit), most)
                for row, visit in zip(first, visits, strict=True)]
     ids = [table.time_ids(int(row), int(visit)) for row, visit in zip(first, visits, strict=True)]
     end = time.perf_counter()

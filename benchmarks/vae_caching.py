@@ -55,9 +55,10 @@ def main() -> None:
         run = train_sdxl.parse_args(flags(args.data, args.model, Path(folder) / "out"))
         accelerator = running.start(run)
         encoders = sdxl_encoders.Encoders(run, sdxl.find_base(run), accelerator)
-        source, table, _ = dataset.load(run, 0, Path(folder) / "scan", decode=False)
+        data = dataset.load(run, 0, Path(folder) / "scan", decode=False)
+        table = data.table
         mode, size, seconds = run.image_interpolation_mode, args.batch_size, {"encoder": [], "pass": []}
-        pixels = [prepare.load_pixels(source, table, row, 0, mode) for row in range(len(table))]
+        pixels = [prepare.load_pixels(data, row, 0, mode) for row in range(len(table))]
         ready = [torch.from_numpy(np.stack(pixels[start:start + size])) for start in range(0, len(pixels), size)]
         encoders.encode_images(ready[0])    # loads the VAE
         for number in range(args.rounds + 1):
@@ -66,7 +67,8 @@ def main() -> None:
                     encoders.encode_images(batch)
             store = Store(Path(folder) / f"latents{number}")
             with clocked(seconds["pass"]):
-                prepare.cache_latents(table, source, store, "recipe", 1, size, mode, lambda: encoders.encode_images)
+                prepare.cache_latents(data, np.arange(len(table)), store, "recipe", [1], size, mode,
+                                      lambda: encoders.encode_images)
 
     for kind, label in enumerate(("wall clock", "encoding thread")):
         encoder, whole = ([len(table) / pair[kind] for pair in seconds[name][1:]] for name in ("encoder", "pass"))

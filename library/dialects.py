@@ -1,11 +1,12 @@
 """Other trainers' flag names and config files -> our flags. Standard library only.
 
-kohya's sd-scripts, Ascend's port of it and diffusers' sibling scripts call the same knobs by other names.
+kohya's sd-scripts, Ascend's port of it, SimpleTuner and diffusers' sibling scripts call the same knobs by other names.
 `translate` turns a command line written for them into ours before argparse sees it, so that one flag has
 one declaration, one help text and one default.
 """
 
 import json
+import sys
 from pathlib import Path
 
 RENAMED = {
@@ -33,6 +34,16 @@ RENAMED = {
     # diffusers' sibling scripts, and torch.distributed.launch
     "local-rank": "local_rank",
     "validation_prompts": "validation_prompt",
+    # SimpleTuner
+    "use_gradient_checkpointing": "gradient_checkpointing",
+    "checkpoint_step_interval": "checkpointing_steps",
+    "save_total_limit": "checkpoints_total_limit",
+    "validation_step_interval": "validation_steps",
+    "validation_epoch_interval": "validation_epochs",
+    "caption_dropout_probability": "proportion_empty_prompts",
+    "rescale_betas_zero_snr": "zero_terminal_snr",
+    "optimizer_beta1": "adam_beta1",
+    "optimizer_beta2": "adam_beta2",
 }
 
 # A switch of theirs -> a flag of ours with a value.
@@ -44,12 +55,21 @@ REPLACED = {
 
 # Spellings of values, by our flag.
 VALUES = {
-    "optimizer": {"adamw8bit": "adamw_8bit", "adamwfused": "adamw_fused"},
+    "optimizer": {"adamw8bit": "adamw_8bit", "adamwfused": "adamw_fused", "bnb-adamw8bit": "adamw_8bit"},
     "save_precision": {"fp32": "float", "float32": "float", "float16": "fp16", "bfloat16": "bf16"},
     "vae_dtype": {"float": "fp32", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"},
     "image_interpolation_mode": {"linear": "bilinear", "cubic": "bicubic", "area": "box"},
     "mixed_precision": {"none": "no"},
 }
+
+# SimpleTuner has one program for all models: what it calls a family and a type is a script here.
+SCRIPTS = {("sdxl", "full"): "train_sdxl.py", ("sdxl", "lora"): "train_lora_sdxl.py",
+           ("sd3", "full"): "train_sd3.py", ("sd3", "lora"): "train_lora_sd3.py"}
+FLAVOURS = {"sdxl": {"base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
+                     "base-0.9": "stabilityai/stable-diffusion-xl-base-0.9"},
+            "sd3": {"medium": "stabilityai/stable-diffusion-3.5-medium", "large": "stabilityai/stable-diffusion-3.5-large"}}
+ATTENTION = {"xformers": ["--enable_xformers_memory_efficient_attention"], "diffusers": []}    # the latter is what torch has
+_OF_SIMPLETUNER = ("model_family", "model_type", "model_flavour", "attention_mechanism")
 
 
 class DialectError(ValueError):
@@ -58,13 +78,14 @@ class DialectError(ValueError):
 
 def names() -> list[str]:
     """Every foreign flag, with its dashes."""
-    return [f"--{name}" for name in (*RENAMED, *REPLACED)]
+    return [f"--{name}" for name in (*RENAMED, *REPLACED, *_OF_SIMPLETUNER)]
 
 
-def translate(argv: list[str]) -> list[str]:
+def translate(argv: list[str], script: str | None = None) -> list[str]:
     """A command line in any of the dialects -> the same in our flags.
 
     A `--config_file` is read and put before the command line, which therefore overrides it.
+    script: the name of the script that is to understand it; None: of the one that runs.
     Raises `DialectError`.
     """
     for index, token in enumerate(argv):
@@ -75,22 +96,71 @@ def translate(argv: list[str]) -> list[str]:
             argv = read_config(Path(value if equals else argv[index + 1])) + list(argv)
             break
 
-    translated = []
-    flag = ""
-    for token in argv:
-        if not token.startswith("--"):
-            translated.append(_value(flag, token))
-            continue
-        name, equals, value = token[2:].partition("=")
+    translated, model = [], {}
+    for name, equals, values in _without_zeros(_groups(argv)):
         flag = RENAMED.get(name, name)
-        if name in REPLACED:
+        if name in _OF_SIMPLETUNER:
+            if len(values) != 1:
+                raise DialectError(f"--{name} takes one value, not {len(values)}")
+            model[name] = values[0]
+        elif name in REPLACED:
             flag, implied = REPLACED[name]
             if equals:
                 raise DialectError(f"--{name} takes no value; write --{flag} instead")
-            translated.append(f"--{flag}={implied}")
+            translated += [f"--{flag}={implied}", *(_value(flag, value) for value in values)]
         else:
-            translated.append(f"--{flag}={_value(flag, value)}" if equals else f"--{flag}")
-    return translated
+            values = [each for value in values for each in _split(flag, _value(flag, value))]
+            joined = equals and len(values) == 1
+            translated += ([f"--{flag}={values[0]}"] if joined else [f"--{flag}"] * bool(name) + values)
+    return _model(model, script or Path(sys.argv[0]).name) + translated
+
+
+def _groups(argv: list[str]) -> list[tuple[str, bool, list[str]]]:
+    """(flag without its dashes, whether its value came behind =, values); the flag is "" for what stands before the first."""
+    groups = []
+    for token in argv:
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            groups.append((name, bool(equals), [value] if equals else []))
+        else:
+            groups = groups or [("", False, [])]
+            groups[-1][2].append(token)
+    return groups
+
+
+def _without_zeros(groups: list[tuple[str, bool, list[str]]]) -> list[tuple[str, bool, list[str]]]:
+    """SimpleTuner's way to let epochs or steps alone decide: the other one is 0, and is taken out here."""
+    for name, other in (("num_train_epochs", "max_train_steps"), ("max_train_steps", "num_train_epochs")):
+        given = {each: values for each, _, values in groups}    # the last one counts
+        if given.get(name) == ["0"]:
+            if given.get(other, ["0"]) == ["0"]:
+                raise DialectError(f"--{name} 0 leaves the length of the run to --{other}: give that")
+            groups = [group for group in groups if group[0] != name]
+    return groups
+
+
+def _split(flag: str, value: str) -> list[str]:
+    """SimpleTuner's list of sizes in one word, 1024x1024,1280x768. (1024,768 is one size: width and height.)"""
+    return value.split(",") if flag == "validation_resolution" and "x" in value.lower() else [value]
+
+
+def _model(given: dict[str, str], script: str) -> list[str]:
+    """Flags for SimpleTuner's choice of a model. Raises `DialectError` if it is another script's, or none's."""
+    families = {script: which for which, script in SCRIPTS.items()}
+    own_family, own_type = families.get(script, ("sdxl", None))
+    family, kind = given.get("model_family", own_family), given.get("model_type", own_type)
+    for name, value, known in (("model_family", family, FLAVOURS), ("model_type", kind, ("full", "lora", None)),
+                               ("model_flavour", given.get("model_flavour"), (None, *FLAVOURS.get(family, ()))),
+                               ("attention_mechanism", given.get("attention_mechanism"), (None, *ATTENTION))):
+        if value not in known:
+            raise DialectError(f"--{name} is {value!r}, and there is {' and '.join(filter(None, known))} here")
+    if script in families and SCRIPTS[family, kind] != script:
+        other = SCRIPTS[family, kind]
+        absent = "" if (Path(__file__).parent.parent / other).exists() else ", which this version does not have"
+        raise DialectError(f"--model_family {family} with --model_type {kind} is not what {script} trains, but {other}{absent}")
+    flavour = given.get("model_flavour")
+    base = [f"--pretrained_model_name_or_path={FLAVOURS[family][flavour]}"] if flavour else []
+    return base + ATTENTION.get(given.get("attention_mechanism"), [])
 
 
 def _value(flag: str, value: str) -> str:
@@ -138,6 +208,8 @@ def _flatten(content: dict):
 def _tokens(key: str, value) -> list[str]:
     if value is None:
         return []
+    if key in REPLACED and str(value).lower() in ("true", "false"):
+        value = str(value).lower() == "true"
     if value is True and key in REPLACED:
         return [f"--{key}"]
     if value is False and key in REPLACED:

@@ -8,7 +8,8 @@ import argparse
 import os
 import sys
 
-from library.parser import COUNT, FRACTION, NOT_NEGATIVE, SIZE_STEP, Parser, number, size, switch  # noqa: F401
+from library.flags_data import add_cache_flags, add_data_flags, faults_of_data, idle_data_flags  # noqa: F401
+from library.parser import COUNT, FRACTION, NOT_NEGATIVE, Parser, number, size, switch
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
                  "piecewise_constant", "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay")
@@ -34,55 +35,6 @@ def add_model_flags(parser: Parser) -> None:
     switch(group, "gradient_checkpointing", "recompute activations in the backward pass: less memory, more time")
     switch(group, "enable_xformers_memory_efficient_attention", "attention by xformers (CUDA and ROCm)")
     switch(group, "enable_npu_flash_attention", "fused attention by torch_npu (Ascend)")
-
-
-def add_data_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("data")
-    add = group.add_argument
-    add("--train_data_dir", metavar="DIR", help="folder of images; captions from .txt/.caption files beside them, "
-        "metadata.jsonl/.csv, or else the file names")
-    add("--dataset_name", metavar="NAME",
-        help="data set for the datasets library: a hub id, a local folder or a parquet file")
-    add("--dataset_config_name", metavar="NAME", help="config of that data set")
-    add("--cache_dir", metavar="DIR", help="where the datasets library keeps its downloads")
-    add("--image_column", default="image", metavar="NAME", help="column that holds the image")
-    add("--caption_column", default="text", metavar="NAME",
-        help="column that holds the caption, or a list of captions of which each visit takes one")
-    add("--caption_extension", metavar="EXT", help="extension of the caption files (default: .txt, then .caption)")
-    add("--max_train_samples", type=COUNT, metavar="N", help="use N images, chosen at random by the seed")
-    add("--resolution", type=size, default="1024", metavar="SIZE",
-        help="size of the training images: 1024, or 1024,768")
-    switch(group, "center_crop", "cut the middle out of the resized image; without it the place is random")
-    switch(group, "random_crop", "with buckets: cut at a random place instead of the middle")
-    switch(group, "random_flip", "mirror images at random, half of the visits")
-    add("--image_interpolation_mode", default="lanczos", choices=("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
-        metavar="MODE", help="how images are resized: nearest, bilinear, bicubic, box, hamming, lanczos")
-    switch(group, "enable_bucket", "sort images into buckets of different aspect ratio instead of cutting them square")
-    add("--min_bucket_reso", type=COUNT, default=256, metavar="PX", help="shortest side of a bucket")
-    add("--max_bucket_reso", type=COUNT, default=1024, metavar="PX", help="longest side of a bucket")
-    add("--bucket_reso_steps", type=number(int, low=SIZE_STEP), default=64, metavar="PX",
-        help="buckets' sides are multiples of this")
-    switch(group, "bucket_no_upscale", "never enlarge: small images get a bucket of their own size")
-    switch(group, "shuffle_caption", "shuffle the comma-separated tags of a caption")
-    add("--keep_tokens", type=number(int, low=0), default=0, metavar="N",
-        help="first N tags stay in place when shuffled")
-    add("--proportion_empty_prompts", type=FRACTION, default=0.0, metavar="P",
-        help="share of captions replaced by the empty prompt, drawn anew at each visit")
-    switch(group, "skip_bad_images", "leave out images that cannot be read (and say how many) instead of stopping")
-    add("--dataloader_num_workers", type=number(int, low=0), default=0, metavar="N",
-        help="threads that prepare batches ahead; 0 prepares the next one while the device computes")
-
-
-def add_cache_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("embedding cache")
-    add = group.add_argument
-    switch(group, "cache_latents", "encode images once and keep the latents on disk", default=True)
-    switch(group, "cache_text_encoder_outputs", "encode captions once and keep the result on disk", default=True)
-    add("--embedding_cache_dir", metavar="DIR", help="where both are kept (default: OUTPUT_DIR/cache)")
-    add("--cache_variants", type=COUNT, default=4, metavar="N",
-        help="different random crops (and tag orders) kept of each image; visits take them in turn")
-    add("--vae_batch_size", type=COUNT, default=4, metavar="N", help="images encoded at once")
-    add("--text_encoder_batch_size", type=COUNT, default=16, metavar="N", help="captions encoded at once")
 
 
 def add_training_flags(parser: Parser) -> None:
@@ -202,23 +154,16 @@ def add_validation_flags(parser: Parser) -> None:
         help="sizes of the images (default: --resolution)")
     add("--validation_num_inference_steps", type=COUNT, default=25, metavar="N", help="denoising steps")
     add("--validation_guidance", type=NOT_NEGATIVE, default=5.0, metavar="G", help="classifier-free guidance scale")
+    add("--eval_steps_interval", type=COUNT, metavar="N",
+        help="optimizer steps between two losses on the evaluation sets (default: at the end alone)")
+    add("--num_eval_images", type=COUNT, default=4, metavar="N", help="images of each evaluation set")
+    add("--eval_timesteps", type=COUNT, default=28, metavar="N", help="timesteps, evenly spread, at which each is looked at")
     add("--validation_seed", type=number(int, low=0, high=2**63 - 1), metavar="N", help="seed of the images (default: --seed)")
 
 
 def check(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, all of them in one sentence."""
-    faults = []
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        faults.append("give either --train_data_dir (a folder) or --dataset_name")
-    if args.center_crop and args.random_crop:
-        faults.append("--center_crop and --random_crop exclude each other")
-    if args.enable_bucket and args.bucket_reso_steps % SIZE_STEP:
-        faults.append(f"--bucket_reso_steps {args.bucket_reso_steps} must be a multiple of {SIZE_STEP}")
-    for name in ("random_crop", "bucket_no_upscale"):
-        if getattr(args, name) and not args.enable_bucket:
-            faults.append(f"--{name} needs --enable_bucket")
-    if args.keep_tokens and not args.shuffle_caption:
-        faults.append("--keep_tokens needs --shuffle_caption")
+    faults = faults_of_data(args)
     if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw_8bit"):
         faults.append(f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other")
     for name in ("learning_rate_te1", "learning_rate_te2"):
@@ -242,12 +187,10 @@ def without_effect(parser: Parser, args: argparse.Namespace) -> list[str]:
     They are not refused: a config file may well list every flag that there is.
     """
     schedule, bias = args.lr_scheduler, args.timestep_bias_strategy
-    buckets = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
     shown = ("validation_negative_prompt", "num_validation_images", "validation_epochs", "validation_steps",
              "validation_resolution", "validation_num_inference_steps", "validation_guidance", "validation_seed")
     needs = [    # (flags, whether they are used, why not)
-        (buckets, args.enable_bucket, "without --enable_bucket"),
-        (("center_crop",), not args.enable_bucket, "with --enable_bucket, which cuts the middle out by itself"),
+        *idle_data_flags(args),
         (("ema_decay",), args.use_ema, "without --use_ema"),
         (shown, args.validation_prompt, "without --validation_prompt"),
         (("hub_model_id", "hub_token"), args.push_to_hub, "without --push_to_hub"),

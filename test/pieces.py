@@ -14,12 +14,12 @@ CPU = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", process_
 def make(args, folder) -> SimpleNamespace:
     """Source, table, encoders, order and loader of a run; its caches lie in `folder`."""
     encoders = Encoders(args, sdxl.find_base(args), CPU)
-    source, table, notes = dataset.load(args, args.seed, folder / "scan", decode=not args.cache_latents)
-    images_a_step = args.train_batch_size * args.gradient_accumulation_steps
-    table, order, steps, latents = sdxl_cache.cache_images(args, encoders, source, table, args.seed, images_a_step, folder)
-    prompts = sdxl_cache.cache_captions(args, encoders, table, order.last_visit(steps) + 1, folder)
-    made = loader.Loader(table, source, order, latents, prompts, args, args.seed, CPU)
-    return SimpleNamespace(encoders=encoders, source=source, table=table, notes=notes, order=order, steps=steps,
+    data = dataset.load(args, args.seed, folder / "scan", decode=False)
+    data, order, steps, latents = sdxl_cache.cache_images(
+        args, encoders, data, args.seed, args.gradient_accumulation_steps, folder)
+    prompts = sdxl_cache.cache_captions(args, encoders, data, order, steps, folder)
+    made = loader.Loader(data, order, latents, prompts, args, args.seed, CPU)
+    return SimpleNamespace(encoders=encoders, data=data, table=data.table, notes=data.notes, order=order, steps=steps,
                            latents=latents, prompts=prompts, loader=made)
 
 

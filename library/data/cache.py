@@ -94,12 +94,15 @@ class Writer:
     def _clear(self) -> None:
         self._tensors, self._bytes, self._since = {}, 0, time.monotonic()
 
-    def add(self, key: bytes, **fields: torch.Tensor) -> None:
+    def add(self, key: bytes, **fields: torch.Tensor) -> bool:
+        """Collect an entry. True if a shard was written, this entry in it."""
         for field, tensor in fields.items():
             self._tensors[f"{key.decode()}.{field}"] = tensor.contiguous()
             self._bytes += tensor.nbytes
-        if self._bytes >= SHARD_BYTES or time.monotonic() - self._since > SHARD_SECONDS:
+        full = self._bytes >= SHARD_BYTES or time.monotonic() - self._since > SHARD_SECONDS
+        if full:
             self.flush()
+        return full
 
     def flush(self) -> None:
         if self._tensors:

@@ -7,7 +7,7 @@ Generator: Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1,
 
 import numpy as np
 
-AUGMENT, CAPTION, LATENT, NOISE, TIMESTEP, ORDER, PASS, SUBSET = range(8)    # purposes: streams that never meet
+AUGMENT, CAPTION, LATENT, NOISE, TIMESTEP, ORDER, PASS, SUBSET, COLOUR = range(9)    # purposes: streams that never meet
 
 
 def generator(seed: int, sample: int, visit: int, purpose: int) -> np.random.Generator:

@@ -99,6 +99,13 @@ def fixed(widths, heights, target: tuple[int, int]) -> tuple[np.ndarray, np.ndar
     return np.maximum(resized_w, target_w), np.maximum(resized_h, target_h)
 
 
+def place(style: str, trim: int, draw: float) -> int:
+    """Offset of a cut from `trim` spare pixels. draw: in [0, 1), for style "random"."""
+    if style == "random":
+        return int(draw * (trim + 1))
+    return {"corner": 0, "center": trim // 2, "center_half_even": middle(trim, True)}[style]
+
+
 def middle(trim: int, half_even: bool) -> int:
     """Offset of a centred cut: diffusers rounds half to even, kohya rounds down."""
     return int(round(trim / 2)) if half_even else trim // 2

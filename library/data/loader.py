@@ -4,39 +4,79 @@ The batch of (step, micro step, process) is a function of the data, the flags an
 state to save.
 """
 
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from library.data import captions, draws, prepare
 from library.data.cache import Store
+from library.data.dataset import Data
+from library.data.images import BadImage
+from library.data.ondemand import OnDemand
 from library.data.sampler import Sampler
-from library.data.table import Table
+from library.errors import UserError
 
 
 @dataclass(frozen=True)
 class LatentSource:
-    """Where latents come from. Without a store the batch holds pixels, to be encoded in the step."""
-    store: Store | None
+    """Where latents come from: a store for each data set, or None where images are encoded at every visit.
+
+    encode: pixels [1, H, W, 3] uint8 -> {"moments": [1, 2 C, h, w]}, for what is in no store; one image at a time, so that
+    the result does not depend on the company it is encoded in.
+    """
+    stores: list[Store | OnDemand | None]
     recipe: str
-    most: int                    # cuts kept of an image
+    most: list[int | None]       # cuts kept of an image, for each data set; None: no end of them
     channels: int                # C
     shift: torch.Tensor          # [C, 1, 1]: latents are (drawn posterior - shift) * scale
     scale: torch.Tensor          # [C, 1, 1]
+    encode: Callable | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything is on disk before the first step, so that the encoder can go."""
+        return all(isinstance(store, Store) for store in self.stores)
+
+    def close(self) -> None:
+        """Write what was made in the run and is not yet on the disk."""
+        for store in self.stores:
+            if isinstance(store, OnDemand):
+                store.close()
 
 
 @dataclass(frozen=True)
 class PromptSource:
     """Where prompts come from. Without a store the batch holds token ids, made by `tokenize`."""
-    store: Store | None
+    store: Store | OnDemand | None
     recipe: str
-    most: int                    # tag orders kept of a caption
+    most: list[int | None]       # variants kept of a caption, for each data set; None: no end of them
     tokenize: object             # prompts -> {name: [B, L] int64}; None with a store
-    empty: float                 # probability of the empty prompt
-    shuffle: bool
-    keep: int
+    warmup: list[float]          # optimizer steps until all tags of a caption are shown, for each data set
+    encode: Callable | None = None    # prompts -> {name: [B, ...]}, for a store that is filled on demand
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything is on disk before the first step, so that the encoders can go."""
+        return isinstance(self.store, Store)
+
+    def read(self, prompt: str) -> dict[str, torch.Tensor]:
+        """The embeddings of a prompt: hidden [L, D] and pooled [P]."""
+        key = prepare.prompt_key(prompt, self.recipe)
+        if isinstance(self.store, OnDemand):
+            def make():
+                return {name: values[0] for name, values in self.encode([prompt]).items()}
+            return {name: self.store.read(key, name, make) for name in ("hidden", "pooled")}
+        return {name: self.store.read(key, name) for name in ("hidden", "pooled")}
+
+    def close(self) -> None:
+        """Write what was made in the run and is not yet on the disk."""
+        if isinstance(self.store, OnDemand):
+            self.store.close()
 
 
 class Loader:
@@ -46,9 +86,8 @@ class Loader:
     none, each is prepared when it is asked for, while the device still computes.
     """
 
-    def __init__(self, table: Table, source, sampler: Sampler, latents: LatentSource, prompts: PromptSource, args,
-                 seed: int, accelerator):
-        self.table, self.source, self.sampler = table, source, sampler
+    def __init__(self, data: Data, sampler: Sampler, latents: LatentSource, prompts: PromptSource, args, seed: int, accelerator):
+        self.data, self.table, self.sampler = data, data.table, sampler
         self.latents, self.prompts, self.seed = latents, prompts, seed
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.accumulation = args.gradient_accumulation_steps
@@ -84,14 +123,17 @@ class Loader:
     def compose(self, step: int, micro: int) -> dict[str, torch.Tensor]:
         """One batch. B samples of one bucket, latents of C x h x w:
 
-        noise [B, C, h, w], noise_offset [B, C, 1, 1], timestep_draw [B] in [0, 1), time_ids [B, 6] float32;
-        latents [B, C, h, w], or pixels [B, 3, H, W] in -1..1 with latent_draw [B, C, h, w];
+        latents [B, C, h, w], noise [B, C, h, w], noise_offset [B, C, 1, 1], timestep_draw [B] in [0, 1), time_ids [B, 6],
+        loss_weight [B], and loss_mask [B, 1, h, w] if any data set has masks, float32;
         the fields of the prompt store [B, ...], or token ids.
         """
         rows, visits, bucket = self.samples(step, micro)
+        return self._batch(rows, visits, step, bucket)
+
+    def _batch(self, rows: np.ndarray, visits: np.ndarray, step: int, bucket: int) -> dict[str, torch.Tensor]:
         width, height = self.table.buckets[bucket]
         shape = (self.latents.channels, height // 8, width // 8)
-        each = [self._sample(int(row), int(visit), shape) for row, visit in zip(rows, visits, strict=True)]
+        each = [self._sample(int(row), int(visit), step, shape) for row, visit in zip(rows, visits, strict=True)]
         batch = {name: torch.stack([sample[name] for sample in each]) for name in each[0] if name != "prompt"}
         if self.prompts.store is None:
             batch |= self.prompts.tokenize([sample["prompt"] for sample in each])
@@ -99,43 +141,73 @@ class Loader:
             batch = {name: values.pin_memory() for name, values in batch.items()}
         return batch
 
-    def prompt(self, row: int, visit: int) -> str:
-        """The prompt shown at one visit of one image."""
-        p = self.prompts
-        return captions.pick(self.table.texts(row), self.seed, row, visit, p.most if p.store else None,
-                             empty=p.empty, shuffle=p.shuffle, keep=p.keep)
+    def one_by_one(self, most: int):
+        """Yield (id of the data set, batch of one image) for this process's share of the first `most` images of each set."""
+        rows = np.concatenate([np.flatnonzero(self.table.set_of == number)[:most] for number in range(len(self.table.sets))])
+        for row in rows[self.rank::self.world].tolist():
+            yield self.table.spec(row).id, self._batch(np.array([row]), np.array([0]), 0, int(self.table.bucket_of[row]))
 
-    def _sample(self, row: int, visit: int, shape: tuple[int, int, int]) -> dict:
+    def prompt(self, row: int, visit: int, step: int = 0) -> str:
+        """The prompt shown at one visit of one image."""
+        number, spec = self.table.set_of[row], self.table.spec(row)
+        warmup = self.prompts.warmup[number]
+        return captions.pick(self.table.texts(row), spec.text, self.seed, row, visit, self.prompts.most[number],
+                             epoch=visit // max(1, round(spec.rate)), shown=min(1.0, step / warmup) if warmup else 1.0)
+
+    def _sample(self, row: int, visit: int, step: int, shape: tuple[int, int, int]) -> dict:
         def normal(purpose):
             draw = draws.generator(self.seed, row, visit, purpose)
             return draw, torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
 
         after_noise, noise = normal(draws.NOISE)
         _, latent_draw = normal(draws.LATENT)
+        spec, number = self.table.spec(row), self._number(row, visit)
+        mean, std = self._moments(row, number).float().chunk(2)
         sample = {
             "noise": noise,
             "noise_offset": torch.from_numpy(after_noise.standard_normal((shape[0], 1, 1), dtype=np.float32)),
             "timestep_draw": torch.tensor(draws.generator(self.seed, row, visit, draws.TIMESTEP).random(dtype=np.float32)),
+            "time_ids": torch.tensor(self.table.time_ids(row, number), dtype=torch.float32),
+            "latents": (mean + std * latent_draw - self.latents.shift) * self.latents.scale,
+            "loss_weight": torch.tensor(spec.weight if spec.regularisation else 1.0),
         }
-
-        store = self.latents.store
-        cuts = self.table.variants(row, self.latents.most if store else None)
-        number = visit if cuts is None else visit % cuts
-        sample["time_ids"] = torch.tensor(self.table.time_ids(row, number), dtype=torch.float32)
-        if store:
-            key = prepare.latent_key(self.table, row, number, self.latents.recipe)
-            mean, std = store.read(key, "moments").float().chunk(2)
-            sample["latents"] = (mean + std * latent_draw - self.latents.shift) * self.latents.scale
-        else:
-            pixels = prepare.load_pixels(self.source, self.table, row, number, self.mode)
-            sample["pixels"] = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
-            sample["latent_draw"] = latent_draw
-
-        prompt = self.prompt(row, visit)
+        if self.table.masked:
+            sample["loss_mask"] = self._mask(row, number)
+        prompt = self.prompt(row, visit, step)
         if self.prompts.store:
-            key = prepare.prompt_key(prompt, self.prompts.recipe)
-            sample["prompt_embeds"] = self.prompts.store.read(key, "hidden")
-            sample["pooled_prompt_embeds"] = self.prompts.store.read(key, "pooled")
+            embeds = self.prompts.read(prompt)
+            sample["prompt_embeds"], sample["pooled_prompt_embeds"] = embeds["hidden"], embeds["pooled"]
         else:
             sample["prompt"] = prompt
         return sample
+
+    def _number(self, row: int, visit: int) -> int:
+        """Which cut of the image this visit sees."""
+        cuts = self.table.variants(row, self.latents.most[self.table.set_of[row]])
+        return visit if cuts is None else visit % cuts
+
+    def _moments(self, row: int, number: int) -> torch.Tensor:
+        """Mean and standard deviation of the VAE's posterior, [2 C, h, w]: read, or encoded now."""
+        latents, store = self.latents, self.latents.stores[self.table.set_of[row]]
+        if store is None:
+            return self._encode(row, number)["moments"]
+        key = prepare.latent_key(self.table, row, number, latents.recipe)
+        if isinstance(store, OnDemand):
+            return store.read(key, "moments", lambda: self._encode(row, number))
+        return store.read(key, "moments")
+
+    def _encode(self, row: int, number: int) -> dict[str, torch.Tensor]:
+        try:
+            pixels = torch.from_numpy(prepare.load_pixels(self.data, row, number, self.mode))
+        except (BadImage, OSError) as fault:    # it was whole when the run began
+            raise UserError(f"{self.table.name[row]} can no longer be read: {fault}") from None
+        with self.latents.lock:
+            fields = {name: values[0] for name, values in self.latents.encode(pixels[None]).items()}
+        prepare.check_finite(fields, self.table, row)
+        return fields
+
+    def _mask(self, row: int, number: int) -> torch.Tensor:
+        store = self.latents.stores[self.table.set_of[row]]
+        if isinstance(store, Store) and self.table.spec(row).mask:
+            return store.read(prepare.mask_key(self.table, row, number), "mask")
+        return prepare.load_mask(self.data, row, number)

@@ -90,9 +90,22 @@ def snr_table(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return alphas_cumprod.float() / (1 - alphas_cumprod.float())
 
 
-def mse_per_sample(prediction: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over all but the batch, in float32 -> [B]."""
-    return F.mse_loss(prediction.float(), wanted.float(), reduction="none").mean(dim=tuple(range(1, prediction.ndim)))
+def mse_per_sample(prediction: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor | None = None,
+                   area: str = "image") -> torch.Tensor:
+    """Mean squared error over all but the batch, in float32 -> [B].
+
+    mask [B, 1, h, w] in 0..1 weighs it. area: "image" divides by all pixels, as kohya and SimpleTuner do; "mask" by the
+    mask's own area, so that a small mask weighs as much as a large one (0 where a mask is empty).
+    """
+    error = F.mse_loss(prediction.float(), wanted.float(), reduction="none")
+    axes = tuple(range(1, prediction.ndim))
+    if mask is None:
+        return error.mean(dim=axes)
+    masked = (error * mask).mean(dim=axes)
+    if area == "image":
+        return masked
+    share = mask.mean(dim=axes)
+    return torch.where(share > 0, masked / share.clamp(min=1e-6), 0.0)
 
 
 def _rates(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,15 +1,17 @@
 """The caches of an SDXL run: what is missing is encoded before the first step."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from library.data import prepare
+from library.data import captions, prepare
 from library.data.cache import Store
-from library.data.loader import LatentSource, PromptSource
+from library.data.dataset import Data
+from library.data.loader import LatentSource, Loader, PromptSource
+from library.data.ondemand import OnDemand
 from library.data.sampler import Sampler
 from library.data.scan import name_faults
-from library.data.table import Table
 from library.diffusion.latents import latent_scale
 from library.models import sdxl
 from library.models.sdxl_encoders import Encoders
@@ -17,50 +19,109 @@ from library.training.accelerator import say
 from library.training.plan import total_steps
 
 
-def cache_images(args, encoders: Encoders, source, table: Table, seed: int, global_batch: int,
-                 folder: Path) -> tuple[Table, Sampler, int, LatentSource]:
-    """Encode every cut the run will visit -> (table, order of samples, optimizer steps, where latents come from).
+def cache_images(args, encoders: Encoders, data: Data, seed: int, batches_a_step: int,
+                 folder: Path) -> tuple[Data, Sampler, int, LatentSource]:
+    """Encode every cut the run will visit -> (data, order of samples, optimizer steps, where latents come from).
 
-    Images that cannot be decoded are all named; with --skip_bad_images the table comes back without them.
+    batches_a_step: accumulation x processes. Images that cannot be decoded are all named; with --skip_bad_images the data
+    come back without them.
     """
     shift, scale = latent_scale(sdxl.vae_config(encoders.base))
     recipe = encoders.latent_recipe(folder / "weights.json", args.image_interpolation_mode)
-    store = _open(folder / "latents") if args.cache_latents else None
+    stores = _open_stores(data, folder / "latents")
     while True:
-        order = Sampler(table.bucket_of, seed, global_batch)
+        table = data.table
+        order = Sampler(table.bucket_of, seed, np.array(table.batch_sizes) * batches_a_step, table.set_of,
+                        [spec.rate for spec in table.sets])
         steps = total_steps(order, args.num_train_epochs, args.max_train_steps)
-        most = min(args.cache_variants, order.last_visit(steps) + 1)
-        faults = {}
-        if store:
-            faults, _ = prepare.cache_latents(table, source, store, recipe, most, args.vae_batch_size,
-                                           args.image_interpolation_mode, lambda: encoders.encode_images)
-        if not faults:
-            return table, order, steps, LatentSource(store, recipe, most, len(shift), shift, scale)
-        bad = {int(table.source_row[row]): fault for row, fault in faults.items()}
-        say(name_faults(bad, source, args.skip_bad_images))
-        table = table.select(np.array([row for row in range(len(table)) if row not in faults], np.int64))
+        visits = order.visits(steps, len(table.sets))
+        most = [_most(spec, args.cache_variants, seen) for spec, seen in zip(table.sets, visits, strict=True)]
+        if not (faults := _encode(args, encoders, data, stores, recipe, most)):
+            return data, order, steps, LatentSource(stores, recipe, most, len(shift), shift, scale, encoders.encode_images)
+        _name_all(faults, data, args.skip_bad_images)
+        data = data.without(faults)
 
 
-def cache_captions(args, encoders: Encoders, table: Table, visits: int, folder: Path) -> PromptSource:
+def cache_evaluation(args, encoders: Encoders, data: Data, prompts: PromptSource, accelerator, folder: Path) -> Loader:
+    """Encode the images kept out of training -> batches of them. Their prompts are in `cache_captions`."""
+    shift, scale = latent_scale(sdxl.vae_config(encoders.base))
+    recipe = encoders.latent_recipe(folder / "weights.json", args.image_interpolation_mode)
+    stores, most = _open_stores(data, folder / "latents"), [1] * len(data.table.sets)
+    while faults := _encode(args, encoders, data, stores, recipe, most):
+        _name_all(faults, data, args.skip_bad_images)
+        data = data.without(faults)
+    latents = LatentSource(stores, recipe, most, len(shift), shift, scale, encoders.encode_images)
+    return Loader(data, None, latents, replace(prompts, most=most, warmup=[0.0] * len(most)), args, 0, accelerator)
+
+
+def _encode(args, encoders: Encoders, data: Data, stores: list, recipe: str, most: list) -> dict[int, str]:
+    """Fill the stores that are filled before the run -> {row: why it cannot be decoded}."""
+    table, faults = data.table, {}
+    for store in {id(store): store for store in stores if isinstance(store, Store)}.values():
+        sets = [number for number, each in enumerate(stores) if each is store]
+        rows = np.flatnonzero(np.isin(table.set_of, sets))
+        faults |= prepare.cache_latents(data, rows, store, recipe, most, args.vae_batch_size, args.image_interpolation_mode,
+                                        lambda: encoders.encode_images)[0]
+        if with_masks := [number for number in sets if table.sets[number].mask]:
+            good = rows[np.isin(table.set_of[rows], with_masks) & ~np.isin(rows, list(faults))]
+            faults |= prepare.cache_masks(data, good, store, most)
+    return faults
+
+
+def _most(spec, variants: int, visits: int) -> int | None:
+    """Different cuts that are made of an image."""
+    return None if spec.latents == "off" or spec.every_cut_new else min(variants, visits)
+
+
+def _open_stores(data: Data, folder: Path) -> list[Store | OnDemand | None]:
+    """The store of each data set; sets that name no folder share the run's."""
+    opened: dict[tuple[Path, str], Store | OnDemand] = {}
+    for spec in data.table.sets:
+        place = spec.latent_dir or folder
+        if spec.latents != "off" and (place, spec.latents) not in opened:
+            store = _open(place)
+            opened[place, spec.latents] = OnDemand(store) if spec.latents == "ondemand" else store
+    return [opened.get((spec.latent_dir or folder, spec.latents)) for spec in data.table.sets]
+
+
+def _name_all(faults: dict[int, str], data: Data, skip: bool) -> None:
+    for number, source in enumerate(data.sources):
+        bad = {int(data.table.source_row[row]): fault for row, fault in faults.items() if data.table.set_of[row] == number}
+        say(name_faults(bad, source, skip))
+
+
+def cache_captions(args, encoders: Encoders, data: Data, order: Sampler, steps: int, folder: Path) -> PromptSource:
     """Encode every prompt the run can show, validation's included -> where prompts come from.
 
-    Text encoders that are trained are asked anew in every step.
+    Text encoders that are trained are asked anew in every step, and so are prompts that grow tag by tag.
     """
-    most = min(args.cache_variants, visits)
-    prompts = prepare.all_prompts(table, most, args.shuffle_caption, args.keep_tokens)
+    table = data.table
+    most = [min(args.cache_variants, seen) for seen in order.visits(steps, len(table.sets))]
+    prompts = prepare.all_prompts(table, most)
+    if data.held_out:
+        prompts += prepare.all_prompts(data.held_out.table, [1] * len(data.held_out.table.sets))
     prompts += [*args.validation_prompt, args.validation_negative_prompt or ""]
-    store, recipe, tokenize = None, "", encoders.tokenize
-    if args.cache_text_encoder_outputs and not args.train_text_encoder:
-        store, tokenize = _open(folder / "prompts"), None
-        recipe = encoders.prompt_recipe(folder / "weights.json")
-        prepare.cache_prompts(prompts, store, recipe, args.text_encoder_batch_size, lambda: encoders.encode_prompts)
-    else:
+    warmup = [spec.text.warmup_steps * (steps if spec.text.warmup_steps < 1 else 1) for spec in table.sets]
+    store, recipe, tokenize, mode = None, "", encoders.tokenize, data.described.prompts
+    if not args.cache_text_encoder_outputs or args.train_text_encoder or any(
+            captions.endless(spec.text) for spec in table.sets):
+        mode = "off"
+    if mode == "off":
         encoders.note_long(prompts)
+        most = [None] * len(table.sets)
+    else:
+        store, tokenize = _open(data.described.prompt_dir or folder / "prompts"), None
+        recipe = encoders.prompt_recipe(folder / "weights.json")
+    if mode == "disk":
+        batch_size = data.described.prompt_batch_size or args.text_encoder_batch_size
+        prepare.cache_prompts(prompts, store, recipe, batch_size, lambda: encoders.encode_prompts)
+    elif mode == "ondemand":
+        store = OnDemand(store)
     if encoders.truncated:
         longest = max(encoders.truncated, key=len)
         say(f"{len(encoders.truncated)} captions are longer than --max_token_length {args.max_token_length} and are cut, "
             f"such as {longest[:80]!r}")
-    return PromptSource(store, recipe, most, tokenize, args.proportion_empty_prompts, args.shuffle_caption, args.keep_tokens)
+    return PromptSource(store, recipe, most, tokenize, warmup, encoders.encode_prompts)
 
 
 def _open(folder: Path) -> Store:

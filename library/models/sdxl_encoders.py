@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 
+from library.data import images
 from library.data.cache import make_key
 from library.data.loader import PromptSource
-from library.data.prepare import prompt_key
-from library.diffusion.latents import latent_scale
 from library.models import sdxl
 from library.models.locate import fingerprint
 from library.training import devices
@@ -76,7 +75,7 @@ class Encoders:
     def latent_recipe(self, memo: Path, mode: str) -> str:
         """What, beside image and cut, decides the latents."""
         files = fingerprint(self.base.files("vae"), memo)
-        return make_key(FORMAT, files, self.base.variant, self.vae_dtype, mode).decode()
+        return make_key(FORMAT, images.VERSION, files, self.base.variant, self.vae_dtype, mode).decode()
 
     def prompt_recipe(self, memo: Path) -> str:
         """What, beside the prompt, decides its embeddings."""
@@ -108,12 +107,7 @@ class Encoders:
                 self.truncated.add(prompt)
 
     def complete(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Encode what of a batch on the device was not cached: latents [B, C, h, w] and prompt embeddings."""
-        if "pixels" in batch:
-            shift, scale = (values.to(self.device) for values in latent_scale(self.vae.config))
-            with torch.no_grad():
-                mean, std = sdxl.encode_images(self.vae, batch["pixels"]).chunk(2, dim=1)
-            batch["latents"] = (mean + std * batch["latent_draw"] - shift) * scale
+        """Encode the prompts of a batch on the device that were not cached -> the batch with its prompt embeddings."""
         if "input_ids" in batch:
             with torch.set_grad_enabled(self.trained):
                 called = self._called or self.text_encoders
@@ -130,8 +124,7 @@ class Encoders:
     def prompts(self, texts: list[str], source: PromptSource) -> list[Prompt]:
         """Prompts ready to be drawn; from the store if they are cached."""
         if source.store:
-            fields = [{name: source.store.read(prompt_key(text, source.recipe), name)[None] for name in ("hidden", "pooled")}
-                      for text in texts]
+            fields = [{name: values[None] for name, values in source.read(text).items()} for text in texts]
         else:
             fields = [self.encode_prompts([text]) for text in texts]
         return [Prompt(text, **field) for text, field in zip(texts, fields, strict=True)]

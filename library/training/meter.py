@@ -15,16 +15,14 @@ from library.training import devices, processes
 class Meter:
     """Counts a run. `metrics.jsonl` in `folder` gets a line every `every` optimizer steps, and the bar shows it."""
 
-    def __init__(self, folder: Path, trackers, state, steps: int, every: int, images_a_step: int, device: str):
+    def __init__(self, folder: Path, trackers, state, steps: int, every: int, device: str):
         self.path, self.trackers, self.every, self.device = folder / "metrics.jsonl", trackers, every, device
-        self.images_a_step = images_a_step
         # of a line of the log that was begun before a restart
         self._losses, self._norms = ([torch.tensor(value, device=device) for value in state.unlogged.get(name, [])]
                                      for name in ("losses", "norms"))
-        self._waited, self._seconds_before = 0.0, _forget_after(self.path, state.step)
+        self._images, self._waited, self._seconds_before = 0, 0.0, _forget_after(self.path, state.step)
         self._bar = tqdm(initial=state.step, total=steps, desc="train", unit="step", disable=not processes.is_main())
         self._begin = self._since = time.perf_counter()
-        self._step_since = state.step
 
     def waiting(self, batches):
         """Pass batches through, adding up the time until each is there."""
@@ -37,9 +35,10 @@ class Meter:
                 return
             yield batch
 
-    def add(self, loss: torch.Tensor) -> None:
-        """The loss of a micro step; it stays on the device."""
+    def add(self, loss: torch.Tensor, images: int) -> None:
+        """The loss of a micro step, which stays on the device, and how many images this process showed in it."""
         self._losses.append(loss.detach())
+        self._images += images
 
     def add_norm(self, norm: torch.Tensor) -> None:
         self._norms.append(norm.detach() if isinstance(norm, torch.Tensor) else torch.tensor(norm))
@@ -59,10 +58,10 @@ class Meter:
         passed = now - self._since
         values = {
             "step": step, "loss": losses, "lr": lr, "grad_norm": norm, "epoch": round(epoch, 4),
-            "images_per_s": (step - self._step_since) * self.images_a_step / passed, "wait": self._waited / passed,
+            "images_per_s": self._images * processes.world() / passed, "wait": self._waited / passed,
             "memory_gb": devices.peak_memory(self.device), "seconds": self._seconds_before + now - self._begin,
         }
-        self._losses, self._norms, self._waited, self._since, self._step_since = [], [], 0.0, now, step
+        self._losses, self._norms, self._waited, self._since, self._images = [], [], 0.0, now, 0
         if processes.is_main():
             with self.path.open("a") as file:
                 file.write(json.dumps(values) + "\n")

@@ -11,7 +11,7 @@ def total_steps(order: Sampler, epochs: int, max_steps: int | None) -> int:
     """
     steps = max_steps or order.steps_before(epochs)
     if not steps:
-        raise UserError(f"the images do not fill one batch of {order.global_batch} in {epochs} epochs: lower "
+        raise UserError(f"the images do not fill one batch of {order.batch_sizes.min()} in {epochs} epochs: lower "
                         "--train_batch_size or --gradient_accumulation_steps, or raise --num_train_epochs")
     return steps
 

@@ -37,8 +37,7 @@ dt, .small, figcaption, thead { color:var(--muted); font-size:.875rem } .warning
 svg { display:block; width:100%; height:auto } svg text { font-family:inherit !important } .narrow { display:none }
 table { border-collapse:collapse; font-variant-numeric:tabular-nums } #chart-loss { grid-column:1 / -1 }
 th, td { text-align:left; padding:5px 24px 5px 0; font-weight:500; vertical-align:top }
-#chart-buckets table { width:100%; white-space:nowrap } #chart-buckets tbody tr { border-top:1px solid var(--line) }
-#chart-buckets :is(th, td):is(:nth-child(2), :nth-child(3)) { text-align:right } .scroll { overflow-x:auto }
+.scroll { overflow-x:auto }
 .bar div { height:12px; margin-top:6px; min-width:1px; background:var(--accent); print-color-adjust:exact }
 #validation td, #validation thead th { padding:0 8px 0 0; min-width:92px } img { width:100%; border-radius:6px }
 #validation tbody th { padding:14px 0 6px; max-width:0 } figcaption { margin-top:10px; position:sticky; left:0 }
@@ -104,9 +103,12 @@ def write_loss_curve(output_dir: str | Path) -> Path:
     return _replace(Path(output_dir) / "loss_curve.png", png.getvalue())
 
 
-def write_report(output_dir: str | Path, *, title: str, command: str, versions: dict[str, str], buckets: list[dict],
-                 notes: list[str]) -> Path:  # fmt: skip
-    """Writes report.html. A bucket is {"width", "height", "images"} and, where known, "steps_per_epoch"."""
+def write_report(output_dir: str | Path, *, title: str, command: str, versions: dict[str, str], notes: list[str],
+                 summary: str = "", style: str = "") -> Path:  # fmt: skip
+    """Writes report.html.
+
+    summary: HTML that opens the page (what the run is trained on), and `style`, the CSS it needs beside the page's own.
+    """
     metrics = read_metrics(Path(output_dir) / "metrics.jsonl")
     samples, problems = _samples(Path(output_dir) / "validation")
     rows = [f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>' for key, value in versions.items()]
@@ -114,15 +116,14 @@ def write_report(output_dir: str | Path, *, title: str, command: str, versions: 
     sections = {
         "At a glance": _headline(metrics),
         "Curves": _charts(metrics),
-        "Buckets": _buckets(buckets),
         "Validation images": samples,
         "Command": f'<pre class="card"><code>{_text(command)}</code></pre>',
         "Versions": f'<div class="card"><table id="versions"><tbody>{"".join(rows)}</tbody></table></div>',
         "Notes": f'<div class="card"><ul>{"".join(items)}</ul></div>' if items else "<p>None.</p>",
     }
-    body = "\n".join(f"<section><h2>{heading}</h2>\n{content}\n</section>" for heading, content in sections.items())
+    body = summary + "\n".join(f"<section><h2>{heading}</h2>\n{content}\n</section>" for heading, content in sections.items())
     # backslashreplace: a command line that is not UTF-8 reaches Python with lone surrogates
-    page = PAGE.format(title=_text(title), css=CSS, body=body).encode("utf-8", "backslashreplace")
+    page = PAGE.format(title=_text(title), css=CSS + style, body=body).encode("utf-8", "backslashreplace")
     return _replace(Path(output_dir) / "report.html", page)
 
 
@@ -234,20 +235,6 @@ def _charts(metrics: dict[str, np.ndarray]) -> str:
             drawn += f'<p class="warning">{len(bad):,} logged losses are not finite, the first at step {bad[0]:,}.</p>'
         parts.append(f'<figure class="card" id="chart-{name}"><h3>{title}</h3>{drawn}</figure>')
     return f'<div class="charts">{"".join(parts)}</div>'
-
-
-def _buckets(buckets: list[dict]) -> str:
-    known = any("steps_per_epoch" in b for b in buckets)
-    most = max((b["images"] for b in buckets), default=0) or 1
-    rows = [
-        f'<tr><th scope="row">{b["width"]} × {b["height"]}</th><td>{b["images"]:,}</td>'
-        + f"<td>{_text(b.get('steps_per_epoch', '–'))}</td>" * known
-        + f'<td class="bar"><div style="width:{100 * b["images"] / most:.1f}%"></div></td></tr>'
-        for b in sorted(buckets, key=lambda b: (b["width"] / b["height"], b["width"]))
-    ]
-    head = ["Width × height", "Images", *["Steps an epoch"] * known, ""]
-    caption = f"{sum(b['images'] for b in buckets):,} images in {len(buckets):,} buckets, from tall to wide."
-    return _table_figure("chart-buckets", head, f"<tbody>{''.join(rows)}</tbody>", caption)
 
 
 def _table_figure(name: str, head: list[str], body: str, caption: str) -> str:

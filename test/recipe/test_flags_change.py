@@ -14,6 +14,7 @@ from library import flags, parser
 TESTS = Path(__file__).resolve().parents[1]
 MODEL, DATA, TRAINING, OUTPUT = (f"recipe/test_flags_{name}.py::test_" for name in ("model", "data", "training", "output"))
 RATES, HUB, DEVICES = "unit/test_optimizers.py::test_", "recipe/test_hub.py::test_", "unit/test_devices.py::test_"
+SETS, CAPTIONS, BACKEND = (f"recipe/test_{name}.py::test_" for name in ("data_sets", "flags_captions", "flags_backend"))
 REFUSED = DEVICES + "flags_for_other_hardware_are_refused_on_a_cpu"    # without such hardware here, that is the test
 
 SHOWN_BY = {
@@ -123,6 +124,41 @@ SHOWN_BY = {
     "logging_dir": OUTPUT + "report_to_and_logging_dir",
     "tracker_project_name": OUTPUT + "wandb_and_the_name_of_the_project",
     "logging_steps": OUTPUT + "logging_steps",
+    "data_backend_config": SETS + "repeats_and_probability_of_a_set",
+    "dataset_config": SETS + "two_sets_of_their_own_size_and_batch",
+    "reg_data_dir": SETS + "regularisation_images_are_balanced_and_weighed",
+    "prior_loss_weight": SETS + "regularisation_images_are_balanced_and_weighed",
+    "conditioning_data_dir": SETS + "conditioning_data_dir_masks_the_loss",
+    "masked_loss_area": SETS + "conditioning_data_dir_masks_the_loss",
+    "alpha_mask": SETS + "alpha_mask_follows_the_cut",
+    "masked_loss": SETS + "masked_loss_insists_on_masks",
+    "vae_cache_ondemand": SETS + "on_disk_on_demand_and_never_are_one_run",
+    "vae_cache_disable": SETS + "on_disk_on_demand_and_never_are_one_run",
+    "cache_only": SETS + "cache_only_stops_before_the_first_step",
+    "streaming": BACKEND + "streaming",
+    "dataset_repeats": BACKEND + "dataset_repeats",
+    "color_aug": BACKEND + "color_aug",
+    "caption_strategy": BACKEND + "caption_strategy",
+    "resolution_type": BACKEND + "resolution_type_and_alignment",
+    "aspect_bucket_alignment": BACKEND + "resolution_type_and_alignment",
+    "aspect_bucket_rounding": BACKEND + "resolution_type_and_alignment",
+    "minimum_image_size": BACKEND + "minimum_maximum_and_downsampled_sizes",
+    "maximum_image_size": BACKEND + "minimum_maximum_and_downsampled_sizes",
+    "target_downsample_size": BACKEND + "minimum_maximum_and_downsampled_sizes",
+    "eval_steps_interval": BACKEND + "evaluation_sets",
+    "num_eval_images": BACKEND + "evaluation_sets",
+    "eval_timesteps": BACKEND + "evaluation_sets",
+    "in_json": CAPTIONS + "in_json",
+    "keep_tokens_separator": CAPTIONS + "keep_tokens_separator",
+    "caption_separator": CAPTIONS + "caption_separator_parts_and_joins_the_tags",
+    "secondary_separator": CAPTIONS + "secondary_separator_binds_tags",
+    "enable_wildcard": CAPTIONS + "enable_wildcard_chooses_in_braces_and_among_lines",
+    "caption_prefix": CAPTIONS + "prefix_and_suffix_stand_around_dropped_captions_too",
+    "caption_suffix": CAPTIONS + "prefix_and_suffix_stand_around_dropped_captions_too",
+    "caption_dropout_every_n_epochs": CAPTIONS + "caption_dropout_every_n_epochs",
+    "caption_tag_dropout_rate": CAPTIONS + "caption_tag_dropout_rate",
+    "token_warmup_min": CAPTIONS + "token_warmup",
+    "token_warmup_step": CAPTIONS + "token_warmup",
 }
 
 

@@ -16,7 +16,7 @@ from library.errors import UserError
 
 @pytest.fixture
 def load(parse, tmp_path):
-    """`load(*flags)` -> source, table and notes of that data set."""
+    """`load(*flags)` -> the data of these flags."""
 
     def load(*flags, without=()):
         args = parse(*flags, without=without)
@@ -43,8 +43,8 @@ def parquet(tmp_path_factory):
 
 def test_train_data_dir(load, tmp_path):
     tiny.make_images(tmp_path / "own", [(64, 64), (80, 80)])
-    assert load("--train_data_dir", tmp_path / "own")[1].name.tolist() == ["image000.png", "image001.png"]
-    assert len(load()[1]) == 6
+    assert load("--train_data_dir", tmp_path / "own").table.name.tolist() == ["image000.png", "image001.png"]
+    assert len(load().table) == 6
 
 
 def test_dataset_name_its_config_and_cache(load, parquet, tmp_path, monkeypatch):
@@ -53,16 +53,16 @@ def test_dataset_name_its_config_and_cache(load, parquet, tmp_path, monkeypatch)
                                             (("--dataset_name", parquet, "--dataset_config_name", "small"), 4),
                                             (("--dataset_name", parquet, "--dataset_config_name", "large"), 5)]):
         cache = tmp_path / f"cache{number}"
-        _, table, _ = load(*flags, "--cache_dir", cache, without=["train_data_dir"])
+        table = load(*flags, "--cache_dir", cache, without=["train_data_dir"]).table
         assert [table.texts(row) for row in range(rows)] == [[f"row {row}"] for row in range(rows)]
         assert list(cache.rglob("*.arrow")) and not (tmp_path / "default").exists()
 
 
 def test_columns(load, parquet, tmp_path):
     flags = ("--dataset_name", parquet / "small.parquet", "--cache_dir", tmp_path)
-    _, table, _ = load(*flags, "--image_column", "photo", "--caption_column", "titre", without=["train_data_dir"])
+    table = load(*flags, "--image_column", "photo", "--caption_column", "titre", without=["train_data_dir"]).table
     assert table.size.tolist() == [[96, 64]] * 4 and table.texts(0) == ["un", "deux"]
-    _, table, _ = load(*flags, without=["train_data_dir"])
+    table = load(*flags, without=["train_data_dir"]).table
     assert table.size.tolist() == [[64, 64]] * 4 and table.texts(0) == ["row 0"]
     for flag in ("--image_column", "--caption_column"):
         with pytest.raises(UserError, match=f"{flag}: .*no column 'nothing'; it has image, text, photo, titre"):
@@ -72,20 +72,20 @@ def test_columns(load, parquet, tmp_path):
 def test_caption_extension(load, tmp_path):
     folder = tiny.make_images(tmp_path / "own", [(64, 64)])
     (folder / "image000.tags").write_text("one, two")
-    assert load("--train_data_dir", folder, "--caption_extension", ".tags")[1].texts(0) == ["one, two"]
-    assert load("--train_data_dir", folder)[1].texts(0) == [(folder / "image000.txt").read_text()]
+    assert load("--train_data_dir", folder, "--caption_extension", ".tags").table.texts(0) == ["one, two"]
+    assert load("--train_data_dir", folder).table.texts(0) == [(folder / "image000.txt").read_text()]
 
 
 def test_max_train_samples(load):
-    chosen = {seed: load("--max_train_samples", 3, "--seed", seed)[1].name.tolist() for seed in range(6)}
+    chosen = {seed: load("--max_train_samples", 3, "--seed", seed).table.name.tolist() for seed in range(6)}
     assert all(len(set(names)) == 3 for names in chosen.values()) and len({tuple(names) for names in chosen.values()}) > 1
-    assert load("--max_train_samples", 3, "--seed", 4)[1].name.tolist() == chosen[4]
+    assert load("--max_train_samples", 3, "--seed", 4).table.name.tolist() == chosen[4]
 
 
 def test_resolution(parse, tmp_path):
     made = make(parse("--resolution", "128,64", "--cache_latents=false"), tmp_path)
     assert made.table.buckets == [(128, 64)]
-    assert made.loader.compose(0, 0)["pixels"].shape == (2, 3, 64, 128)
+    assert made.loader.compose(0, 0)["latents"].shape == (2, 4, 8, 16)
     assert made.loader.compose(0, 0)["time_ids"][:, 4:].tolist() == [[64, 128]] * 2
 
 
@@ -94,10 +94,10 @@ def cuts(table, visits: int = 8) -> list[set]:
 
 
 def test_center_crop(load):
-    table = load("--center_crop")[1]
+    table = load("--center_crop").table
     trims = (table.resized - np.array(table.buckets)[table.bucket_of]).tolist()
     assert cuts(table) == [{(round(wide / 2), round(high / 2))} for wide, high in trims]
-    free = load()[1]
+    free = load().table
     assert max(map(len, cuts(free))) > 4 and any(max(trim) for trim in trims)
     assert all(0 <= left <= wide and 0 <= top <= high for places, (wide, high) in zip(cuts(free), trims, strict=True)
                for left, top in places)
@@ -105,15 +105,15 @@ def test_center_crop(load):
 
 def test_random_crop(load):
     flags = ("--enable_bucket", "--min_bucket_reso", 64, "--max_bucket_reso", 128)
-    assert max(map(len, cuts(load(*flags)[1]))) == 1
-    assert max(map(len, cuts(load(*flags, "--random_crop")[1]))) > 1
+    assert max(map(len, cuts(load(*flags).table))) == 1
+    assert max(map(len, cuts(load(*flags, "--random_crop").table))) > 1
 
 
 def test_random_flip(parse, tmp_path):
     still, flipping = (make(parse(f"--random_flip={on}", "--center_crop"), tmp_path) for on in (False, True))
     trims = (still.table.resized - 64)[:, 0]
     for row in np.flatnonzero(trims % 2 == 0):    # an odd trim has no middle: mirrored, the cut is one pixel beside
-        pixels = [[prepare.load_pixels(made.source, made.table, row, visit, "lanczos") for visit in range(2)]
+        pixels = [[prepare.load_pixels(made.data, row, visit, "lanczos") for visit in range(2)]
                   for made in (still, flipping)]
         assert (pixels[0][0] == pixels[0][1]).all()
         upright, mirrored = pixels[1] if (pixels[1][0] == pixels[0][0]).all() else pixels[1][::-1]
@@ -124,13 +124,12 @@ def test_random_flip(parse, tmp_path):
 def test_image_interpolation_mode(parse, tmp_path, tiny_images, mode):
     recipes, flags = [], ("--resolution", 48, "--center_crop", "--image_interpolation_mode", mode)
     made = make(parse(*flags, "--cache_latents=false"), tmp_path)
-    batch, rows = made.loader.compose(0, 0), made.loader.samples(0, 0)[0]
-    for pixels, row in zip(batch["pixels"], rows, strict=True):
+    for row in made.loader.samples(0, 0)[0]:
         with Image.open(tiny_images / str(made.table.name[row])) as image:
-            left, top, _ = made.table.cut(row, 0)
+            left, top, *_ = made.table.cut(row, 0)
             wanted = image.convert("RGB").resize(tuple(made.table.resized[row].tolist()), MODES[mode])
             wanted = np.asarray(wanted.crop((left, top, left + 48, top + 48)))
-        assert (((pixels.permute(1, 2, 0) + 1) * 127.5).round().numpy() == wanted).all()
+        assert (prepare.load_pixels(made.data, row, 0, mode) == wanted).all()
     for other in (flags, ("--resolution", 48, "--image_interpolation_mode", "box" if mode != "box" else "lanczos")):
         args = parse(*other)
         recipes.append(made.encoders.latent_recipe(tmp_path / "weights.json", args.image_interpolation_mode))
@@ -141,18 +140,18 @@ def test_bucket_flags(load):
     flags = ("--enable_bucket", "--min_bucket_reso", 32, "--max_bucket_reso", 128, "--bucket_reso_steps", 32)
 
     def used(*more):
-        table = load(*more)[1]
+        table = load(*more).table
         return {table.buckets[bucket] for bucket in table.bucket_of}, table
 
     assert used()[0] == {(64, 64)}
     assert len(used(*flags)[0]) > 1
     all_sides = {side for pair in used(*flags)[1].buckets for side in pair}
-    assert min(all_sides) == 32 and max(all_sides) == 128 and not any(side % 32 for side in all_sides)
-    for name, value, low, high in (("--min_bucket_reso", 64, 64, 64), ("--max_bucket_reso", 96, 32, 96)):
+    assert min(all_sides) == 32 and max(all_sides) == 96 and not any(side % 32 for side in all_sides)
+    for name, value, low, high in (("--min_bucket_reso", 64, 64, 64), ("--max_bucket_reso", 64, 32, 64)):
         sides = {side for pair in used(*flags, name, value)[1].buckets for side in pair}
         assert (min(sides), max(sides)) == (low, high)
     finer = {side for pair in used(*flags, "--bucket_reso_steps", 8)[1].buckets for side in pair}
-    assert {40, 48, 56} < finer
+    assert {40, 48, 88} < finer
     enlarged, kept = used(*flags, "--resolution", 96)[1], used(*flags, "--resolution", 96, "--bucket_no_upscale")[1]
     assert (enlarged.resized > enlarged.size).any() and not (kept.resized > kept.size).any()
 
@@ -185,7 +184,8 @@ def test_skip_bad_images(load, tmp_path):
     (folder / "image001.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match="1 of 3 images .*\n  image001.png: .*\n.*--skip_bad_images"):
         load("--train_data_dir", folder)
-    _, table, notes = load("--train_data_dir", folder, "--skip_bad_images")
+    data = load("--train_data_dir", folder, "--skip_bad_images")
+    table, notes = data.table, data.notes
     assert table.name.tolist() == ["image000.png", "image002.png"]
     assert any("1 of 3 images" in note and "image001.png" in note for note in notes)
 

@@ -85,7 +85,7 @@ def test_on_a_cpu_it_trains_with_what_a_cpu_has(reader, tmp_path, hub):  # noqa:
     out = tmp_path / "sdxl-pokemon-model"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert lines[-1]["step"] == 3 and 0 < lines[-1]["loss"] < 5 and lines[-1]["lr"] == 1e-6
-    assert "6 images in 1 bucket" in done.stdout and "3 steps of 4" in done.stdout
+    assert "6 images in 1 bucket" in done.stdout and "4 a step; 3 steps" in done.stdout
     manifest = json.loads((out / "checkpoint-3" / "manifest.json").read_text())
     assert manifest["flags"]["use_8bit_adam"] and manifest["flags"]["mixed_precision"] == "bf16"
     (shown,) = (out / "validation").glob("step-*")

@@ -149,10 +149,10 @@ def test_what_a_killed_run_left_half_written_is_no_entry_and_goes_away(tmp_path)
 # filling a cache from a table
 
 @pytest.fixture
-def table(tmp_path):
+def data(tmp_path):
     folder = make_images(tmp_path / "images", [(80, 64), (64, 80), (90, 64), (64, 64), (64, 99)])
     args = train_sdxl.parse_args(["--pretrained_model_name_or_path=x", f"--train_data_dir={folder}", "--resolution=64"])
-    return dataset.load(args, 0, tmp_path / "index", False)[:2]
+    return dataset.load(args, 0, tmp_path / "index", False)
 
 
 def encoder(seen: list, spoil=lambda moments, batch: moments):
@@ -162,38 +162,38 @@ def encoder(seen: list, spoil=lambda moments, batch: moments):
     return lambda: encode
 
 
-def fill(table, store, seen, **options):
-    return prepare.cache_latents(table[1], table[0], store, "recipe", 3, 2, "lanczos", encoder(seen, **options))
+def fill(data, store, seen, **options):
+    return prepare.cache_latents(data, np.arange(len(data.table)), store, "recipe", [3], 2, "lanczos", encoder(seen, **options))
 
 
-def jobs_of(table) -> list[tuple[int, int]]:
-    return [(row, number) for row in range(len(table[1])) for number in range(table[1].variants(row, 3))]
+def jobs_of(data) -> list[tuple[int, int]]:
+    return [(row, number) for row in range(len(data.table)) for number in range(data.table.variants(row, 3))]
 
 
-def test_only_what_is_missing_is_encoded(tmp_path, table, monkeypatch):
+def test_only_what_is_missing_is_encoded(tmp_path, data, monkeypatch):
     monkeypatch.setattr(cache, "SHARD_BYTES", 1)    # a shard an entry
     store, seen = Store(tmp_path / "store"), []
-    assert fill(table, store, seen) == ({}, 13)    # the square image has one cut
+    assert fill(data, store, seen) == ({}, 13)    # the square image has one cut
     assert sum(map(len, seen)) == 13 and max(map(len, seen)) == 2
-    for row, number in jobs_of(table):
-        pixels = torch.tensor(prepare.load_pixels(*table, row, number, "lanczos"))
-        cached = store.read(prepare.latent_key(table[1], row, number, "recipe"), "moments")
+    for row, number in jobs_of(data):
+        pixels = torch.tensor(prepare.load_pixels(data, row, number, "lanczos"))
+        cached = store.read(prepare.latent_key(data.table, row, number, "recipe"), "moments")
         assert same(cached, pixels[::8, ::8].permute(2, 0, 1).float())
     again = []
-    assert fill(table, Store(tmp_path / "store"), again) == ({}, 0) and again == []
+    assert fill(data, Store(tmp_path / "store"), again) == ({}, 0) and again == []
 
     spoilt = sorted((tmp_path / "store").glob("*.safetensors"))[5]
     spoilt.write_bytes(b"")
     store = Store(tmp_path / "store")
-    assert len(store.damaged) == 1 and fill(table, store, again) == ({}, 1)
+    assert len(store.damaged) == 1 and fill(data, store, again) == ({}, 1)
     lone, = again    # encoded in the company it had before: the numbers are those of the first time, to the last bit
     assert any(torch.equal(lone, batch) for batch in seen)
-    assert store.has(keys(prepare.latent_key(table[1], row, number, "recipe") for row, number in jobs_of(table))).all()
+    assert store.has(keys(prepare.latent_key(data.table, row, number, "recipe") for row, number in jobs_of(data))).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_latents_that_are_no_numbers_name_their_image(tmp_path, table, value):
-    wanted = prepare.load_pixels(*table, 2, 1, "lanczos")
+def test_latents_that_are_no_numbers_name_their_image(tmp_path, data, value):
+    wanted = prepare.load_pixels(data, 2, 1, "lanczos")
 
     def spoil(moments, batch):
         for place, pixels in enumerate(batch.numpy()):
@@ -203,18 +203,18 @@ def test_latents_that_are_no_numbers_name_their_image(tmp_path, table, value):
 
     store = Store(tmp_path / "store")
     with pytest.raises(UserError, match=r"image002\.png.*--vae_dtype fp32"):
-        fill(table, store, [], spoil=spoil)
+        fill(data, store, [], spoil=spoil)
     store.refresh()
-    assert not store.has(keys([prepare.latent_key(table[1], 2, 1, "recipe")])).any()
+    assert not store.has(keys([prepare.latent_key(data.table, 2, 1, "recipe")])).any()
 
 
-def test_images_that_cannot_be_decoded_are_returned_and_the_others_are_cached(tmp_path, table):
-    path = table[0].root / "image001.png"
+def test_images_that_cannot_be_decoded_are_returned_and_the_others_are_cached(tmp_path, data):
+    path = tmp_path / "images" / "image001.png"
     path.write_bytes(path.read_bytes()[:300])
     store = Store(tmp_path / "store")
-    faults, count = fill(table, store, [])
+    faults, count = fill(data, store, [])
     assert list(faults) == [1] and "truncated" in faults[1]
-    there = [row for row, number in jobs_of(table) if store.has(keys([prepare.latent_key(table[1], row, number, "recipe")]))[0]]
+    there = [row for row, number in jobs_of(data) if store.has(keys([prepare.latent_key(data.table, row, number, "recipe")]))[0]]
     assert set(there) == {0, 2, 3, 4}
 
 
@@ -257,18 +257,19 @@ SHARE = """
 import json, sys
 from pathlib import Path
 import numpy as np, torch.distributed as dist
-from library.data import cache, prepare, scan, sources, table as tables
+import train_sdxl
+from library.data import cache, dataset, prepare
 root, rank, done = Path(sys.argv[1]), int(sys.argv[2]), []
 dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)
-source = sources.Folder(str(root / "images"))
-records, _ = scan.scan(source, root / "index", True)
-table = tables.build(records, source.names, *tables.flatten(source.captions), resolution=(64, 64))
+args = train_sdxl.parse_args(["--pretrained_model_name_or_path=x", f"--train_data_dir={root}/images", "--resolution=64"])
+data = dataset.load(args, 0, root / "index", True)
 store = cache.Store(root / "store")
 def encode(batch):
     done.append(len(batch))
     return {"moments": batch[:, ::8, ::8].permute(0, 3, 1, 2).float()}
-result = prepare.cache_latents(table, source, store, "recipe", 3, 2, "lanczos", lambda: encode)
-keys = [prepare.latent_key(table, row, number, "recipe") for row in range(5) for number in range(table.variants(row, 3))]
+result = prepare.cache_latents(data, np.arange(5), store, "recipe", [3], 2, "lanczos", lambda: encode)
+jobs = [(row, number) for row in range(5) for number in range(data.table.variants(row, 3))]
+keys = [prepare.latent_key(data.table, *job, "recipe") for job in jobs]
 print(json.dumps([result, sum(done), store.has(np.array(keys, cache.KEY)).tolist()]))
 """
 
@@ -290,11 +291,11 @@ def test_a_full_disk_leaves_no_shard_and_spoils_none(tmp_path):
     assert lines[1:] == ["['.safetensors']", "[] 1000.0"]
 
 
-def test_two_processes_share_the_work_and_see_it_all(tmp_path, table):
+def test_two_processes_share_the_work_and_see_it_all(tmp_path, data):
     outputs = [json.loads(output_of(process)) for process in [start(SHARE, tmp_path, rank) for rank in range(2)]]
     assert [(result, there) for result, _, there in outputs] == [([{}, 13], [True] * 13)] * 2
     assert sorted(done for _, done, _ in outputs) == [6, 7]    # no image twice
     alone, shared = Store(tmp_path / "alone"), Store(tmp_path / "store")
-    fill(table, alone, [])
-    for key in (prepare.latent_key(table[1], *job, "recipe") for job in jobs_of(table)):
+    fill(data, alone, [])
+    for key in (prepare.latent_key(data.table, *job, "recipe") for job in jobs_of(data)):
         assert same(alone.read(key, "moments"), shared.read(key, "moments"))

@@ -199,3 +199,21 @@ def test_noise_offset_shifts_each_channel_of_noise_and_target():
     wanted += 0.1 * offset
     assert torch.equal(shifted, wanted)
     assert ddpm.offset_noise(noise, offset, 0.0) is noise
+
+
+def test_a_mask_weighs_the_loss_of_each_pixel():
+    draw = torch.Generator().manual_seed(0)
+    prediction, wanted = torch.randn(3, 4, 6, 5, generator=draw), torch.randn(3, 4, 6, 5, generator=draw)
+    mask = torch.zeros(3, 1, 6, 5)
+    mask[0, :, :2], mask[1] = 0.5, 1.0    # a soft part, everything, nothing
+    squares = (prediction - wanted) ** 2
+    whole = ddpm.mse_per_sample(prediction, wanted, mask, "image")
+    torch.testing.assert_close(whole, torch.stack([squares[0, :, :2].sum() * 0.5 / 120, squares[1].mean(), torch.tensor(0.0)]))
+    inside = ddpm.mse_per_sample(prediction, wanted, mask, "mask")
+    torch.testing.assert_close(inside, torch.stack([squares[0, :, :2].mean(), squares[1].mean(), torch.tensor(0.0)]))
+    assert ddpm.mse_per_sample(prediction, wanted, torch.ones(3, 1, 6, 5)).equal(ddpm.mse_per_sample(prediction, wanted))
+    prediction.requires_grad_()
+    ddpm.mse_per_sample(prediction, wanted, mask, "mask").sum().backward()
+    assert prediction.grad[0, :, 2:].abs().max() == 0 == prediction.grad[2].abs().max()
+    assert prediction.grad[0, :, :2].abs().min() > 0
+    assert prediction.grad.isfinite().all()

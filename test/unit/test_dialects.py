@@ -40,9 +40,18 @@ ALIASES = [
     ("validation_prompts", "a cat", "validation_prompt", ["a cat"]),
     ("save_precision", "fp32", "save_precision", "float"), ("save_precision", "bfloat16", "save_precision", "bf16"),
     ("vae_dtype", "float", "vae_dtype", "fp32"), ("mixed_precision", "None", "mixed_precision", "no"),
-    ("resolution", "1024x768", "resolution", (1024, 768)), ("resolution", "512", "resolution", (512, 512))]
+    ("resolution", "1024x768", "resolution", (1024, 768)), ("resolution", "512", "resolution", (512, 512)),
+    ("checkpoint_step_interval", "7", "checkpointing_steps", 7), ("save_total_limit", "7", "checkpoints_total_limit", 7),
+    ("validation_step_interval", "7", "validation_steps", 7), ("validation_epoch_interval", "7", "validation_epochs", 7),
+    ("caption_dropout_probability", "0.1", "proportion_empty_prompts", 0.1),
+    ("optimizer", "bnb-adamw8bit", "optimizer", "adamw_8bit"),
+    ("optimizer_beta1", "0.8", "adam_beta1", 0.8), ("optimizer_beta2", "0.8", "adam_beta2", 0.8),
+    ("validation_resolution", "1024x1024,1280x768", "validation_resolution", [(1024, 1024), (1280, 768)]),
+    ("validation_resolution", "1024,768", "validation_resolution", [(1024, 768)]),
+    ("model_flavour", "base-0.9", "pretrained_model_name_or_path", "model")]    # what is named by path goes before it
 SWITCHES = {"flip_aug": "random_flip", "cache_latents_to_disk": "cache_latents", "xformers":
-            "enable_xformers_memory_efficient_attention", "cache_text_encoder_outputs_to_disk": "cache_text_encoder_outputs"}
+            "enable_xformers_memory_efficient_attention", "cache_text_encoder_outputs_to_disk": "cache_text_encoder_outputs",
+            "use_gradient_checkpointing": "gradient_checkpointing", "rescale_betas_zero_snr": "zero_terminal_snr"}
 IMPLIED = [("v_parameterization", "prediction_type", "v_prediction"), ("no_half_vae", "vae_dtype", "fp32"),
            ("use_safetensors", "save_model_as", "safetensors")]
 
@@ -69,7 +78,7 @@ def test_switches_that_imply_a_value(alias, name, value, tmp_path):
 
 
 def test_every_foreign_name_is_tried_here():
-    tried = {alias for alias, *_ in ALIASES + IMPLIED} | set(SWITCHES)
+    tried = {alias for alias, *_ in ALIASES + IMPLIED} | set(SWITCHES) | {"model_family", "model_type", "attention_mechanism"}
     assert {name.lstrip("-") for name in dialects.names()} <= tried
 
 
@@ -161,3 +170,100 @@ def test_a_file_that_is_not_utf8(capsys, tmp_path):
 def test_the_value_of_a_flag_is_never_taken_for_another_flags(tmp_path):
     args = parse("--output_name", "vae", "--validation_prompt", "xformers", "optimizer_type", "--seed", "3")
     assert (args.output_name, args.validation_prompt, args.seed) == ("vae", ["xformers", "optimizer_type"], 3)
+
+
+# SimpleTuner's config.json
+
+QUICKSTART = """{
+  "model_type": "lora",
+  "model_family": "sdxl",
+  "model_flavour": "base-1.0",
+  "output_dir": "/home/user/output/models",
+  "validation_resolution": "1024x1024,1280x768",
+  "validation_guidance": 3.4,
+  "use_gradient_checkpointing": true,
+  "learning_rate": 1e-4
+}"""
+BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+def test_the_quickstarts_config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(QUICKSTART)
+    expected = [f"--pretrained_model_name_or_path={BASE}", "--output_dir=/home/user/output/models", "--validation_resolution",
+                "1024x1024", "1280x768", "--validation_guidance=3.4", "--gradient_checkpointing=true", "--learning_rate=0.0001"]
+    translated = dialects.translate([f"--config_file={path}"], script="train_lora_sdxl.py")
+    assert translated[:-1] == expected and translated[-1] == f"--config_file={path}"
+    with pytest.raises(dialects.DialectError, match="--model_type lora is not what train_sdxl.py trains, but train_lora_sdxl.py"):
+        dialects.translate([f"--config_file={path}"], script="train_sdxl.py")
+    path.write_text(QUICKSTART.replace('"lora"', '"full"'))
+    assert dialects.translate([f"--config_file={path}"], script="train_sdxl.py") == translated
+    args = train_sdxl.parse_args([f"--config_file={path}", "--train_data_dir=images"])
+    assert (args.pretrained_model_name_or_path, args.gradient_checkpointing) == (BASE, True)
+    assert args.validation_resolution == [(1024, 1024), (1280, 768)] and args.validation_guidance == 3.4
+
+
+def test_the_example_is_understood(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text((Path(__file__).parents[2] / "config/config.json.example").read_text())
+    assert dialects.translate([f"--config_file={path}"], script="train_sdxl.py")
+    args = train_sdxl.parse_args([f"--config_file={path}"])
+    assert args.data_backend_config == "config/multidatabackend.json" and args.pretrained_model_name_or_path == BASE
+    assert len(args.validation_resolution) == 2 and args.proportion_empty_prompts == 0.1
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--model_family=sd3"], ["--model_family sd3", "train_sd3.py"]), (["--model_family", "flux"], ["'flux'", "sdxl and sd3"]),
+    (["--model_type=LoRA"], ["'LoRA'", "full and lora"]), (["--model_flavour=large"], ["'large'"]),
+    (["--model_flavour=refiner-1.0"], ["'refiner-1.0'", "base-1.0 and base-0.9"]),
+    (["--attention_mechanism=sageattention"], ["'sageattention'", "xformers and diffusers"]),
+    (["--model_type"], ["--model_type takes one value, not 0"]), (["--model_type", "full", "lora"], ["one value, not 2"])])
+def test_models_that_are_another_scripts(argv, words):
+    with pytest.raises(dialects.DialectError) as error:
+        dialects.translate(argv, script="train_sdxl.py")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_scripts_that_are_not_there_are_not_promised(monkeypatch):
+    monkeypatch.setitem(dialects.SCRIPTS, ("sd3", "full"), "train_nothing.py")
+    with pytest.raises(dialects.DialectError, match=r"train_nothing\.py, which this version does not have"):
+        dialects.translate(["--model_family=sd3"], script="train_sdxl.py")
+    monkeypatch.setitem(dialects.SCRIPTS, ("sd3", "full"), "generate.py")
+    with pytest.raises(dialects.DialectError, match=r"generate\.py$"):
+        dialects.translate(["--model_family=sd3"], script="train_sdxl.py")
+
+
+def test_flavours_and_attention():
+    for argv, expected in ((["--model_family=sdxl"], []),
+                           (["--model_flavour", "base-1.0"], [f"--pretrained_model_name_or_path={BASE}"]),
+                           (["--attention_mechanism=diffusers"], []), (["--model_type=full", "--model_family=sdxl"], []),
+                           (["--attention_mechanism", "xformers"], ["--enable_xformers_memory_efficient_attention"]),
+                           (["--model_type=lora", "--model_type=full"], [])):    # the later one counts
+        assert dialects.translate(argv, script="train_sdxl.py") == expected
+    assert dialects.translate(["--model_family=sd3", "--model_flavour=medium"], script="train_sd3.py") == [
+        "--pretrained_model_name_or_path=stabilityai/stable-diffusion-3.5-medium"]
+
+
+def test_epochs_or_steps_of_zero_leave_it_to_the_other(tmp_path):
+    file = write(tmp_path, "json", {"max_train_steps": 9, "num_train_epochs": 3})
+    for argv, epochs, steps in ((["--num_train_epochs=0", "--max_train_steps=9"], 100, 9),
+                                (["--max_train_steps", "0", "--num_train_epochs", "3"], 3, None),
+                                ([file, "--max_train_steps=0"], 3, None), ([file, "--num_train_epochs=0"], 100, 9)):
+        args = parse(*argv)
+        assert (args.num_train_epochs, args.max_train_steps) == (epochs, steps)
+
+
+@pytest.mark.parametrize("argv", [
+    ["--num_train_epochs=0"], ["--max_train_steps=0"], ["--max_train_steps=0", "--num_train_epochs=0"]])
+def test_no_length_at_all(capsys, argv):
+    said = refused(capsys, *argv)
+    assert "--num_train_epochs" in said and "--max_train_steps" in said
+
+
+@pytest.mark.parametrize("text, value", [("true", True), ("false", False), ("True", True)])
+def test_truth_in_quotes(tmp_path, text, value):
+    content = {"use_gradient_checkpointing": text, "no_half_vae": text, "cache_latents": text}
+    args = parse(write(tmp_path, "json", content))
+    assert (args.gradient_checkpointing, args.cache_latents) == (value, value)
+    tokens = dialects.read_config(tmp_path / "config.json")
+    assert ("--no_half_vae" in tokens) is value and not [token for token in tokens if token.startswith("--no_half_vae=")]

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from library.data import geometry, prepare
+from library.data.dataset import Data
+from library.data.specs import Buckets, Fixed, Origin, Spec
 from library.data.table import Text, build, flatten
 from library.errors import UserError
 
@@ -24,11 +26,14 @@ def columns(sizes) -> tuple[np.ndarray, np.ndarray]:
     return widths, heights
 
 
-def table_of(sizes, **options):
+def table_of(sizes, resolution=(64, 64), bucket=None, no_upscale=False, center_crop=False, random_crop=False, random_flip=False):
+    size = Fixed(resolution, "center" if center_crop else "random") if bucket is None else Buckets(
+        resolution, *bucket, no_upscale, "random" if random_crop else "center")
     contents = [hashlib.md5(str(number).encode()).hexdigest().encode() for number in range(len(sizes))]
     records = np.array([(content, *size) for content, size in zip(contents, sizes, strict=True)], RECORD)
     captions, start = flatten([["a"]] * len(sizes))
-    return build(records, np.array([f"{number}.png" for number in range(len(sizes))], Text), captions, start, **options)
+    names = np.array([f"{number}.png" for number in range(len(sizes))], Text)
+    return build(Spec("set", Origin("folder", "x"), size, flip=random_flip), records, names, captions, start)[0]
 
 
 # kohya, image by image
@@ -212,7 +217,7 @@ def test_the_middle_is_rounded_as_each_trainer_does(trim, diffusers, kohya):
 def test_middle_of_a_fixed_size_is_diffusers_and_of_a_bucket_kohyas():
     fixed = table_of([(1027, 1024)], resolution=(1024, 1024), center_crop=True)
     bucket = table_of([(1027, 1024)], resolution=(1024, 1024), bucket=(1024, 1024, 64))
-    assert fixed.cut(0, 0) == (2, 0, False) and bucket.cut(0, 0) == (1, 0, False)
+    assert fixed.cut(0, 0)[:3] == (2, 0, False) and bucket.cut(0, 0)[:3] == (1, 0, False)
 
 
 # the cut that is made is the cut that conditions
@@ -237,8 +242,8 @@ def test_pixels_are_cut_where_the_time_ids_say(size, random_crop, random_flip):
     table = table_of([size], resolution=(64, 64), center_crop=not random_crop, random_flip=random_flip)
     seen, flips = set(), set()
     for number in range(40):
-        left, top, flip = table.cut(0, number)
-        pixels = prepare.load_pixels(Ruler(*size), table, 0, number, "lanczos")
+        left, top, flip, _ = table.cut(0, number)
+        pixels = prepare.load_pixels(Data([Ruler(*size)], [None], table), 0, number, "lanczos")
         assert pixels.shape == (64, 64, 3)
         column = size[0] - 1 - left if flip else left    # the crop is taken after flipping, as diffusers does
         assert pixels[0, 0].tolist() == [column, top, 0]

@@ -21,10 +21,10 @@ class Board:
         self.told.append((step, values))
 
 
-def make(folder, *, step=0, unlogged=None, steps=10, every=1, images=4):
+def make(folder, *, step=0, unlogged=None, steps=10, every=1):
     board = Board()
     state = SimpleNamespace(step=step, unlogged=unlogged or {})
-    return Meter(folder, board, state, steps, every, images, "cpu"), board
+    return Meter(folder, board, state, steps, every, "cpu"), board
 
 
 def lines(folder) -> list[dict]:
@@ -35,7 +35,7 @@ def run(meter, losses, first=1):
     """One optimizer step a list of micro losses; its norm is ten times their mean, its rate a hundredth of its number."""
     for step, several in enumerate(losses, first):
         for loss in several:
-            meter.add(torch.tensor(loss, requires_grad=True))
+            meter.add(torch.tensor(loss, requires_grad=True), 2)
         meter.add_norm(torch.tensor(10 * sum(several) / len(several)))
         meter.step(step, step / 5, step / 100)
 
@@ -56,7 +56,7 @@ def test_a_line_is_the_mean_since_the_last(tmp_path):
 
 def test_without_clipping_there_is_no_norm(tmp_path):
     meter, board = make(tmp_path)
-    meter.add(torch.tensor(1.0))
+    meter.add(torch.tensor(1.0), 2)
     values = meter.step(1, 0, 1e-4)
     assert values["grad_norm"] is None and lines(tmp_path)[0]["grad_norm"] is None
     assert "grad_norm" not in board.told[0][1]
@@ -120,10 +120,10 @@ def test_the_share_of_waiting(tmp_path, load, compute, share):
             time.sleep(load)
             yield number
 
-    meter, _ = make(tmp_path, every=6, images=8)
+    meter, _ = make(tmp_path, every=6)
     for number in meter.waiting(batches()):
         time.sleep(compute)
-        meter.add(torch.tensor(1.0))
+        meter.add(torch.tensor(1.0), 8)
         meter.step(number + 1, 0, 0)
     (line,) = lines(tmp_path)
     assert line["wait"] == pytest.approx(share, abs=0.12)
@@ -131,10 +131,10 @@ def test_the_share_of_waiting(tmp_path, load, compute, share):
 
 
 def test_validation_and_saving_are_not_training(tmp_path):
-    meter, _ = make(tmp_path, every=2, images=1)
+    meter, _ = make(tmp_path, every=2)
     for number in meter.waiting(iter(range(2))):
         time.sleep(0.05)
-        meter.add(torch.tensor(1.0))
+        meter.add(torch.tensor(1.0), 1)
         meter.step(number + 1, 0, 0) if number else None
         with meter.paused():
             time.sleep(0.3)

@@ -13,7 +13,7 @@ from diffusers.training_utils import compute_snr
 from PIL import Image
 
 import train_sdxl
-from library.data import dataset, loader
+from library.data import dataset, draws, loader
 from library.diffusion import ddpm
 from library.models import sdxl, sdxl_cache
 from library.models.sdxl_encoders import Encoders
@@ -87,8 +87,9 @@ def test_loss_and_every_gradient_are_those_of_diffusers(unet, batch, tiny_model,
 
     probability = ddpm.timestep_bias(bias["strategy"], T, bias["multiplier"], bias["begin"], bias["end"], bias["portion"])
     before = F.pad(probability.double().cumsum(0), (1, 0))
+    values["loss_weight"] = torch.ones(B)
     values["timestep_draw"] = ((before[timesteps] + before[timesteps + 1]) / 2).float()    # the middle of each one's share
-    args = SimpleNamespace(snr_gamma=snr_gamma, noise_offset=noise_offset)
+    args = SimpleNamespace(snr_gamma=snr_gamma, noise_offset=noise_offset, masked_loss_area="image")
     ours, grads = step(unet, train_sdxl.training_loss(unet, values, schedule, ddpm.cumulative(probability), args))
 
     torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=0)
@@ -103,13 +104,15 @@ def test_loss_and_every_gradient_are_those_of_diffusers(unet, batch, tiny_model,
 def test_time_ids_reach_the_unet_as_they_are(unet, batch, tiny_model, autocast):
     """1333 stays 1333: bfloat16 would make it 1336."""
     _, values = batch
+    args = SimpleNamespace(snr_gamma=None, noise_offset=0.0, masked_loss_area="image")
+    values["loss_weight"] = torch.ones(B)
     values["timestep_draw"] = torch.full((B,), 0.5)
     seen = []
     handle = unet.add_time_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             train_sdxl.training_loss(unet, values, DDPMScheduler.from_pretrained(tiny_model, subfolder="scheduler"),
-                                     torch.linspace(1 / T, 1, T), SimpleNamespace(snr_gamma=None, noise_offset=0.0))
+                                     torch.linspace(1 / T, 1, T), args)
     finally:
         handle.remove()
     assert len(seen) == 1 and seen[0].dtype == torch.float32
@@ -196,21 +199,19 @@ def test_latents_are_those_of_diffusers(parse, tmp_path, tiny_images, model_and_
     """From the picture's file to the UNet: resize, centre crop, normalise, encode, draw, shift and scale."""
     folder, scale = model_and_scale
     flags = ("--pretrained_model_name_or_path", folder, "--center_crop", "--embedding_cache_dir", tmp_path / "cache")
-    batches = {}
-    for store in (True, False):    # the draw itself is only in the batch where the step encodes
-        args, encoders = encoders_of(parse, *flags, f"--cache_latents={store}")
-        source, table, _ = dataset.load(args, 1, tmp_path / "scan", decode=False)
-        table, order, steps, latents = sdxl_cache.cache_images(args, encoders, source, table, 1, 2, tmp_path / "cache")
-        prompts = sdxl_cache.cache_captions(args, encoders, table, 1, tmp_path / "cache")
-        made = loader.Loader(table, source, order, latents, prompts, args, 1, CPU)
-        batches[store], rows = made.compose(0, 0), made.samples(0, 0)[0]
-    draw = batches[False]["latent_draw"]
-    ours = batches[True]["latents"] if cached else encoders.complete(batches[False])["latents"]
+    args, encoders = encoders_of(parse, *flags, f"--cache_latents={cached}")
+    data = dataset.load(args, 1, tmp_path / "scan", decode=False)
+    data, order, steps, latents = sdxl_cache.cache_images(args, encoders, data, 1, 1, tmp_path / "cache")
+    prompts = sdxl_cache.cache_captions(args, encoders, data, order, steps, tmp_path / "cache")
+    made = loader.Loader(data, order, latents, prompts, args, 1, CPU)
+    ours, (rows, visits, _) = made.compose(0, 0)["latents"], made.samples(0, 0)
+    draw = torch.from_numpy(np.stack([draws.generator(1, int(row), int(visit), draws.LATENT).standard_normal(
+        (4, 8, 8), dtype=np.float32) for row, visit in zip(rows, visits, strict=True)]))
 
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     pixels = []
     for row in rows:
-        with Image.open(tiny_images / str(table.name[row])) as image:
+        with Image.open(tiny_images / str(data.table.name[row])) as image:
             short = min(image.size)
             wide, high = (int(64 * side / short) for side in image.size)    # torchvision's Resize(64)
             left, top = (max(0, int(round((side - 64) / 2.0))) for side in (wide, high))

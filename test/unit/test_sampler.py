@@ -124,9 +124,9 @@ def test_the_epoch_of_a_distant_step(sizes, global_batch, step):
 def test_no_visit_is_beyond_the_last_one(sizes, global_batch, steps):
     order = sampler(sizes, global_batch=global_batch)
     highest = max(int(order.batch(step)[2].max()) for step in range(steps))
-    assert highest <= order.last_visit(steps)
+    assert highest <= order.visits(steps)[0] - 1
     ended = order.steps_before(order.epoch_of(steps - 1) + 1)    # and by the end of the epoch it is reached
-    assert max(int(order.batch(step)[2].max()) for step in range(ended)) == order.last_visit(steps)
+    assert max(int(order.batch(step)[2].max()) for step in range(ended)) == order.visits(steps)[0] - 1
 
 
 def test_one_image_with_a_batch_of_sixteen():
@@ -154,7 +154,7 @@ def test_no_images_at_all():
 def loader(order: Sampler, rank: int, world: int, accumulation: int) -> Loader:
     accelerator = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
     args = SimpleNamespace(gradient_accumulation_steps=accumulation, dataloader_num_workers=0, image_interpolation_mode="lanczos")
-    return Loader(None, None, order, None, None, args, 0, accelerator)
+    return Loader(SimpleNamespace(table=None), order, None, None, args, 0, accelerator)
 
 
 @given(BUCKETS, SEED, st.integers(0, 50))
@@ -206,3 +206,55 @@ def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> list[int
 def test_the_generator_is_philox(seed, sample, visit, purpose):
     drawn = draws.generator(seed, sample, visit, purpose).bit_generator.random_raw(8).tolist()
     assert drawn == philox((seed, sample), (1, 0, visit, purpose)) + philox((seed, sample), (2, 0, visit, purpose))
+
+
+RATES = st.sampled_from([1, 2, 3, 0.5, 0.25, 1.5])
+SETS = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 7), RATES), min_size=1, max_size=4)
+
+
+def of_sets(sets, global_batch, seed=1):
+    """A sampler of sets of (buckets, images a bucket, rate); and each row's set."""
+    bucket_of = np.concatenate([np.repeat(np.arange(buckets), images) for buckets, images, _ in sets])
+    set_of = np.repeat(np.arange(len(sets)), [buckets * images for buckets, images, _ in sets])
+    return Sampler(bucket_of, seed, global_batch, set_of, [rate for *_, rate in sets]), bucket_of, set_of
+
+
+@given(SETS, st.integers(1, 5))
+def test_sets_are_seen_in_proportion_to_their_rates(sets, global_batch):
+    order, bucket_of, set_of = of_sets(sets, global_batch)
+    epochs = 8
+    seen = np.zeros(len(bucket_of), int)
+    for step in range(order.steps_before(epochs)):
+        bucket, rows, visits = order.batch(step)
+        assert (bucket_of[rows] == bucket).all() and len(rows) == global_batch
+        for row, visit in zip(rows, visits, strict=True):
+            assert visit <= seen[row] + 1    # its visits come in turn, but for the order inside one batch
+            seen[row] += 1
+    for number, (*_, rate) in enumerate(sets):
+        for bucket in np.unique(bucket_of):
+            of = seen[(set_of == number) & (bucket_of == bucket)]
+            if len(of):    # a batch may be open, and each set rounds once
+                assert abs(of.sum() - epochs * rate * len(of)) <= global_batch + len(sets)
+                assert of.max() - of.min() <= 1    # none of a set is favoured
+    assert order.samples_before(order.steps_before(epochs)) == seen.sum()
+
+
+@given(SETS, st.integers(1, 5), st.integers(1, 60))
+def test_no_visit_of_a_set_is_beyond_what_is_promised(sets, global_batch, steps):
+    order, _, set_of = of_sets(sets, global_batch)
+    promised = order.visits(steps, len(sets))
+    for step in range(steps):
+        _, rows, visits = order.batch(step)
+        assert (visits < np.array(promised)[set_of[rows]]).all()
+
+
+def test_sets_are_mixed_within_a_batch_as_evenly_as_can_be():
+    order, _, set_of = of_sets([(1, 10, 3), (1, 30, 1)], 4)    # as many of one as of the other
+    assert all(sorted(set_of[order.batch(step)[1]]) == [0, 0, 1, 1] for step in range(60))
+
+
+def test_each_bucket_has_its_own_batch_size():
+    order = Sampler(np.repeat([0, 1], 12), 1, np.array([2, 3]))
+    assert {(bucket, len(rows)) for bucket, rows, _ in map(order.batch, range(10))} == {(0, 2), (1, 3)}
+    assert order.steps_before(1) == 6 + 4 and order.samples_before(10) == 24
+    assert order.samples_before(7) == sum(len(order.batch(step)[1]) for step in range(7))

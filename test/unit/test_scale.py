@@ -20,6 +20,7 @@ import json, resource, sys
 import numpy as np
 from library.data import captions
 from library.data.sampler import Sampler
+from library.data.specs import Buckets, Fixed, Origin, Spec
 from library.data.table import Text, build, flatten
 
 draw = np.random.default_rng(0)
@@ -43,10 +44,13 @@ def seconds():
 
 before = seconds()
 flat, start = flatten(texts)
-table = build(records, names, flat, start, resolution=(1024, 1024), **json.loads(sys.argv[1]))
+options = json.loads(sys.argv[1])
+size = Buckets((1024, 1024), **options) if options else Fixed((1024, 1024), "center")
+rules = captions.Rules(shuffle=True, keep=1, empty=0.1)
+table, _ = build(Spec("set", Origin("folder", "x"), size, rules), records, names, flat, start)
 order = Sampler(table.bucket_of, 1, 256)
 bucket, rows, visits = order.batch(0)
-batch = [(captions.pick(table.texts(row), 1, row, visit, 4, empty=0.1, shuffle=True, keep=1), table.time_ids(row, visit))
+batch = [(captions.pick(table.texts(row), rules, 1, row, visit, 4), table.time_ids(row, visit))
          for row, visit in zip(rows.tolist(), visits.tolist())]
 spent = seconds() - before
 
@@ -68,7 +72,7 @@ def measure(**options) -> dict:
 
 
 @pytest.mark.parametrize("options", [
-    {"bucket": [512, 2048, 64]}, {"bucket": [256, 1024, 64], "no_upscale": True}, {"center_crop": True}], ids=str)
+    {"shortest": 512, "longest": 2048}, {"no_upscale": True}, {}], ids=str)
 def test_a_million_rows(options):
     found = measure(**options)
     assert not found["torch"]
