@@ -148,7 +148,7 @@ def ink_picture() -> tuple[Image.Image, np.ndarray]:
 def images() -> dict[str, tuple[bytes, Case]]:
     """Every kind of image file: name -> (content, what is to come of it)."""
     noise = Image.fromarray(np.random.default_rng(2).integers(0, 256, (120, 160, 3), np.uint8))
-    made: dict[str, tuple[bytes, Case]] = {"empty.jpg": (b"", Case(fault="^the file is empty$"))}
+    made: dict[str, tuple[bytes, Case]] = {"empty.jpg": (b"", Case(fault="the file is empty"))}
     whole = {"jpg": encode(noise, "JPEG"), "progressive.jpg": encode(noise, "JPEG", progressive=True),
              "png": encode(noise, "PNG"), "webp": encode(noise, "WEBP")}
     for kind, data in whole.items():
@@ -159,8 +159,8 @@ def images() -> dict[str, tuple[bytes, Case]]:
         made[name] = encode(image, kind, **options), Case(np.asarray(pixels, float), tolerance)
 
     page = b"<!DOCTYPE html><html><title>404</title><body>There is no such image</body></html>"
-    made["page.jpg"] = page, Case(fault="^not an image in a known format$")
-    made["words.webp"] = b"a photo of a cat\n", Case(fault="^not an image in a known format$")
+    made["page.jpg"] = page, Case(fault="not an image in a known format")
+    made["words.webp"] = b"a photo of a cat\n", Case(fault="not an image in a known format")
     add("png named.jpg", scene(1), "PNG", scene(1))
     add("jpeg named.png", scene(1), "JPEG", scene(1), 4)
     add("webp named.gif", scene(1), "WEBP", scene(1), 4)

@@ -11,6 +11,8 @@ from pieces import make, note_calls
 from test_data_sets import losses
 
 from library.data import dataset, prepare
+from library.data.cache import Store
+from library.models.sdxl_encoders import Encoders
 
 SIZES = [(128, 128), (128, 64), (320, 320), (192, 200)]
 
@@ -116,3 +118,23 @@ def test_streaming(train, tmp_path, monkeypatch):
         seen.append((losses(out), len(streamed), any((tmp_path / "hub").rglob("*.arrow"))))
         shutil.rmtree(tmp_path / "hub", ignore_errors=True)
     assert seen[0][0] == seen[1][0] and seen[0][1:] == (0, True) and seen[1][1:] == (1, False)
+
+
+@pytest.mark.parametrize("key", ["text_cache_ondemand", "text_cache_disable"])
+def test_captions_encoded_as_training_meets_them(train, tmp_path, tiny_images, monkeypatch, key):
+    encoded, seen = note_calls(monkeypatch, Encoders, "encode_prompts"), []
+    for number, words in enumerate(({}, {key: True})):
+        place = tmp_path / str(number)
+        config = tmp_path / f"{number}.json"
+        config.write_text(json.dumps([
+            {"id": "images", "type": "local", "caption_strategy": "textfile", "crop": True, "resolution": 64,
+             "resolution_type": "pixel", "instance_data_dir": str(tiny_images)},
+            {"id": "words", "dataset_type": "text_embeds", "cache_dir": str(place / "words"), "text_encoder_batch_size": 1,
+             **words}]))
+        encoded.clear()
+        out = train("--data_backend_config", config, "--output_dir", place, "--max_train_steps", 5, without=["train_data_dir"])
+        kept = sum(len(Store(place / "words")._keys) for _ in range(1) if (place / "words").exists())
+        seen.append((losses(out), [len(given[1]) for given, _ in encoded], kept))
+    np.testing.assert_allclose(seen[0][0], seen[1][0], rtol=1e-5)
+    assert seen[0][1:] == ([1] * 7, 7)    # six captions and the empty one, before the run
+    assert seen[1][1:] == (([1] * 6, 6) if key == "text_cache_ondemand" else ([], 0))    # the ones that are shown; never

@@ -277,3 +277,17 @@ def test_variants_counts_the_different_cuts():
             (True, False, 4, [4, 2]), (False, False, None, [None, 1]), (True, False, None, [None, 2])]:
         table = table_of(sizes, random_flip=random_flip, center_crop=center_crop, **options)
         assert [table.variants(row, most) for row in range(2)] == expected
+
+
+@pytest.mark.parametrize("no_upscale", [False, True])
+def test_ten_thousand_sizes_have_kohyas_bucket_and_resize(no_upscale):
+    sizes = np.exp(np.random.default_rng(1).uniform(np.log(64), np.log(8000), (10_000, 2))).astype(int)
+    table = table_of(sizes.tolist(), resolution=(1024, 1024), bucket=(512, 2048, 64), no_upscale=no_upscale)
+    compared = 0
+    for row, (width, height) in enumerate(sizes.tolist()):
+        bucket = SDXL[kohya_choice(width, height, SDXL)]
+        expected = kohya_no_upscale(width, height, 1024 ** 2, 64) if no_upscale else (bucket, kohya_resize(width, height, bucket))
+        if expected:    # else kohya divides by zero
+            assert (table.buckets[table.bucket_of[row]], tuple(table.resized[row].tolist())) == expected, (width, height)
+            compared += 1
+    assert compared > 9_900

@@ -144,7 +144,7 @@ def test_the_example_file_is_read():
 def test_a_set_may_say_nothing_but_where_it_is(read):
     [spec] = read({"id": "a", "instance_data_dir": "images"}).specs
     assert replace(spec, origin=replace(spec.origin, flag="")) == Spec(
-        "a", Origin("folder", "images", captions="filename", flag=""), Aspect(1024))
+        "a", Origin("folder", "images", captions="filename", flag=""), Aspect(1024), Rules(bare=True))
 
 
 # every key
