@@ -104,7 +104,7 @@ def load(args, seed: int, index_dir: Path, decode: bool) -> Data:
 
 
 def _load_set(spec: Spec, args, index_dir: Path, decode: bool) -> Data:
-    source = opening.open_source(spec, index_dir, args.skip_bad_images)
+    source = _open(spec, args.skip_bad_images, index_dir, decode)
     records, faults = scan(source, index_dir, decode, only_known=spec.only_known)
     notes = [*source.notes, name_faults(faults, source, args.skip_bad_images)]
     masks, mask_content = None, None
@@ -130,6 +130,22 @@ def _load_set(spec: Spec, args, index_dir: Path, decode: bool) -> Data:
     if not len(keep):
         raise UserError(f"there is no image to train on in {source.place}" + (f": {_tally(reasons)}" if reasons else ""))
     return Data([source], [masks], table.select(keep) if len(keep) < len(table) else table, notes, dropped)
+
+
+def _open(spec: Spec, skip_bad: bool, index_dir: Path, decode: bool):
+    """The source of a set. What cannot be a row is named together with what cannot be read. Raises `UserError`."""
+    try:
+        return opening.open_source(spec, index_dir, skip_bad)
+    except UserError as fault:
+        if skip_bad:
+            raise
+        try:
+            source = opening.open_source(spec, index_dir, True)
+            name_faults(scan(source, index_dir, decode)[1], source, skip=False)
+        except UserError as other:
+            if str(other) != str(fault):
+                raise UserError(f"{fault}\n{other}") from None
+        raise
 
 
 def _join(parts: list[Data]) -> Data | None:

@@ -269,3 +269,13 @@ batch_size = {batch}
         return np.array(losses(tmp_path / name))
 
     np.testing.assert_allclose(losses_of("two", 1, 2), losses_of("one", 2, 1), rtol=0, atol=1e-6)
+
+
+def test_all_that_is_wrong_with_a_folder_is_named_at_once(tiny_model, tmp_path):
+    folder = tiny.make_images(tmp_path / "images", [(64, 64)] * 5)
+    (folder / "image001.png").write_bytes(b"no image")
+    (folder / "image002.txt").unlink()
+    (folder / "image003.txt").write_bytes(b"caf\xe9")
+    text = run(flags(tiny_model, folder, tmp_path / "out"), tmp_path / "log", 2)
+    assert all(name in text for name in ("image001.png: not an image", "image002.png", "image003")) and "Traceback" not in text
+    assert "image000" not in text

@@ -221,8 +221,9 @@ def test_what_is_known_by_name_is_taken_as_it_was(tmp_path, kind):
     found, faults = scan(source, tmp_path, False, only_known=True)
     assert not faults and found["width"].tolist() == [*before["width"].tolist(), 50]
     assert source.read_rows == [5] and (kind is Shelf or not source.stamped)
-    found, faults = scan(kind(changed), tmp_path, False)    # which forgets nothing that a full scan must notice
-    assert found["width"].tolist()[0] == 24 and list(faults) == [1]
+    full = kind(changed)
+    found, faults = scan(full, tmp_path, False)    # which has forgotten nothing that a full scan must notice
+    assert found["width"].tolist()[0] == 24 and list(faults) == [1] and sorted(full.read_rows) == [0, 1]
 
 
 def test_a_trusted_index_does_not_say_of_headers_that_the_pixels_are_whole(tmp_path):

@@ -1,8 +1,8 @@
 """What all sources share: captions in columns, how a caption file is read, and the rule for what cannot be a row."""
 
+import posixpath
 from collections.abc import Iterable
 from itertools import islice
-from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -84,7 +84,7 @@ def is_text(text: str) -> bool:
 
 def file_name_caption(name: str) -> str:
     """`b/a_red_cat.png` -> "a red cat"."""
-    return PurePosixPath(name).stem.replace("_", " ")
+    return posixpath.splitext(posixpath.basename(name))[0].replace("_", " ")
 
 
 def few(names: list[str], count: int = 5) -> str:
