@@ -21,7 +21,7 @@ STEPS = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--use_ema")
 SHOWN = ("--validation_prompt", "a cat", "red dog", "--validation_steps", 2, "--num_validation_images", 1,
          "--validation_num_inference_steps", 2, "--validation_resolution", 64, "64,96")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-OURS = re.compile(r"\d+ images in \d+ bucket|wrote /|(scan|encode images|encode captions|train): +\d+%\|.*\| \d+/\d+ \[.*\]$")
+OURS = re.compile(r"\d+ images in \d+ bucket|wrote /|(scan|encode images|encode captions|train): +\d+%\|.*\| \d+/\d+ \[.*\] *$")
 
 
 def cold(*command) -> tuple[str, list[str]]:
