@@ -84,13 +84,6 @@ class Sampler:
                 rows[places[of_visit]] = of_part[self._pass_order(which, part, int(visit))[entries[of_visit]]]
         return int(self.buckets[which]), rows, visits
 
-    def samples_before(self, step: int) -> int:
-        """Samples in the first `step` optimizer steps."""
-        epoch = self.epoch_of(step)
-        seen = self._before(epoch)
-        done = self._epoch_order(epoch)[0][:step - int(seen.sum())]
-        return int(((seen + np.bincount(done, minlength=len(seen))) * self.batch_sizes).sum())
-
     def visits(self, steps: int, sets: int = 1) -> list[int]:
         """How often the first `steps` optimizer steps can at most show an image of each data set; at least once."""
         taken = self._before(self.epoch_of(max(steps - 1, 0)) + 1) * self.batch_sizes
