@@ -160,7 +160,7 @@ def idle_data_flags(args: argparse.Namespace) -> list[tuple[tuple[str, ...], boo
           "conditioning_data_dir", "dataset_repeats", "caption_column", "caption_extension"), not backend,
          "with --data_backend_config, whose sets say it themselves"),
         (("in_json", "reg_data_dir"), not config, "with --dataset_config, whose sets say it themselves"),
-        (("eval_steps_interval", "num_eval_images", "eval_timesteps"), backend, "without eval sets in --data_backend_config"),
+        (("eval_steps_interval", "num_eval_images", "eval_timesteps"), backend or config, "without evaluation sets"),
         (columns, args.dataset_name is not None, "without --dataset_name"),
         (("token_warmup_min",), args.token_warmup_step > 0, "without --token_warmup_step"),
         (("cache_variants",), args.cache_latents or args.cache_text_encoder_outputs, "without a cache"),

@@ -91,8 +91,10 @@ def load(args, seed: int, index_dir: Path, decode: bool) -> Data:
         raise UserError("all data sets are kept out of training (dataset_type eval): name images to train on, too")
     data.notes, data.described, data.held_out = described.notes + data.notes, described, held_out
     if held_out:
-        held_out.table.sets = [replace(spec, flip=False, colour=False, text=replace(
-            spec.text, empty=0.0, empty_every=0, warmup_steps=0)) for spec in held_out.table.sets]
+        # looked at before the run: there is nothing to put off
+        held_out.table.sets = [replace(
+            spec, flip=False, colour=False, latents="off" if spec.latents == "off" else "disk",
+            text=replace(spec.text, empty=0.0, empty_every=0, warmup_steps=0)) for spec in held_out.table.sets]
         data.notes += [*held_out.notes, f"{len(held_out.table)} images are kept out of training, for evaluation"]
     if args.max_train_samples and args.max_train_samples < len(data.table):
         chosen = draws.generator(seed, 0, 0, draws.SUBSET).permutation(len(data.table))[:args.max_train_samples]
@@ -126,6 +128,9 @@ def _load_set(spec: Spec, args, index_dir: Path, decode: bool) -> Data:
         key = int.from_bytes(hashlib.blake2b(spec.id.encode(), digest_size=8).digest(), "little")
         keep = keep[subset(len(keep), spec.max_samples, key)]
         notes.append(f"{spec.id}: {spec.max_samples} images are taken, chosen by its id")
+    if spec.held_out:
+        aside = subset(len(keep), round(spec.held_out[0] * len(keep)), spec.held_out[1])
+        keep = keep[aside] if spec.evaluation else np.delete(keep, aside)
     dropped += [Dropped(spec.id, str(table.name[row]), why) for row, why in sorted(reasons.items())]
     if not len(keep):
         raise UserError(f"there is no image to train on in {source.place}" + (f": {_tally(reasons)}" if reasons else ""))

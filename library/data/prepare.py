@@ -194,9 +194,8 @@ def _cuts(data: Data, rows: np.ndarray, most: list[int], batch_size: int) -> tup
             mine = table.set_of[rows] == number
             window[mine] = table.source_row[rows[mine]] // source.window
     order = np.lexsort((table.bucket_of[rows], window))
-    jobs = [(row, number) for row in rows[order].tolist()
-            for number in range(table.variants(row, most[table.set_of[row]]))]
-    times = np.array([table.variants(row, most[table.set_of[row]]) for row in rows[order].tolist()])
+    times = [table.variants(row, most[table.set_of[row]]) for row in rows[order].tolist()]
+    jobs = [(row, number) for row, several in zip(rows[order].tolist(), times, strict=True) for number in range(several)]
     group_of = np.repeat(window[order] * len(table.buckets) + table.bucket_of[rows[order]], times)
     return jobs, _batches(group_of, batch_size)
 

@@ -104,6 +104,8 @@ class Spec:
     latents: str = "disk"                     # cached before the run; "ondemand": as training meets them; "off": never
     latent_dir: Path | None = None            # None: the run's own cache
     evaluation: bool = False                  # kept out of training
+    held_out: tuple[float, int] | None = None    # (share, seed) of images that are kept for evaluation: that set has these, the
+                                                 # set that is trained on has the others
     only_known: bool = False                  # trust the last scan: look at no file that it knows
     every_cut_new: bool = False               # no cut is used twice
     interpolation: str | None = None          # None: --image_interpolation_mode

@@ -30,11 +30,11 @@ _HARMLESS = {"output_dir", "output_name", "resume_from_checkpoint", "checkpointi
              "save_every_n_epochs", "save_every_n_steps", "save_model_as", "save_precision", "push_to_hub", "hub_model_id",
              "hub_token", "report_to", "logging_dir", "logging_steps", "tracker_project_name", "local_rank", "config_file",
              "dataloader_num_workers", "num_train_epochs", "max_train_steps", "embedding_cache_dir", "cache_dir",
-             "cache_latents", "cache_text_encoder_outputs", "vae_batch_size", "text_encoder_batch_size", "seed",
+             "cache_text_encoder_outputs", "vae_batch_size", "text_encoder_batch_size", "seed",
              "resume", "validation_prompt", "validation_steps", "validation_epochs", "num_validation_images",
              "validation_resolution", "validation_guidance", "validation_seed", "validation_negative_prompt",
              "validation_num_inference_steps", "gradient_accumulation_steps", "train_batch_size", "vae_cache_ondemand",
-             "vae_cache_disable", "cache_only", "eval_steps_interval", "num_eval_images", "eval_timesteps"}
+             "cache_only", "eval_steps_interval", "num_eval_images", "eval_timesteps"}
 # Flags without whose old value the optimizer's state has no meaning.
 _DECISIVE = ("optimizer", "use_8bit_adam", "train_text_encoder", "use_ema", "lr_scheduler")
 

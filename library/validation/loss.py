@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from library.data.cache import write_whole
 from library.data.loader import Loader
 from library.training import processes
 from library.training.accelerator import say
@@ -48,4 +49,4 @@ def _write(path: Path, line: dict) -> None:
     for text in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):    # cut off by a kill
             kept += [text] if json.loads(text)["step"] < line["step"] else []
-    path.write_text("\n".join([*kept, json.dumps(line)]) + "\n")
+    write_whole(path, ("\n".join([*kept, json.dumps(line)]) + "\n").encode())

@@ -83,6 +83,32 @@ def test_evaluation_sets(train, tmp_path, tiny_images):
     assert "images" not in often[0]
 
 
+def test_validation_split_of_a_toml(train, parse, tmp_path):
+    images = tiny.make_images(tmp_path / "all", [(64, 64)] * 8)
+    config = tmp_path / "sets.toml"
+    names = {}
+    for seed in (1, 2):
+        config.write_text(f"""
+[[datasets]]
+resolution = 64
+validation_split = 0.25
+validation_seed = {seed}
+  [[datasets.subsets]]
+  image_dir = '{images}'
+  caption_extension = ".txt"
+""")
+        data = dataset.load(parse("--dataset_config", config, without=["train_data_dir"]), 1, tmp_path / "scan", decode=False)
+        trained, aside = set(data.table.name.tolist()), set(data.held_out.table.name.tolist())
+        assert len(trained) == 6 and len(aside) == 2 and not trained & aside
+        names[seed] = aside
+    assert names[1] != names[2]
+    for mode in ((), ("--vae_cache_ondemand",), ("--vae_cache_disable",)):
+        out = train("--dataset_config", config, "--eval_timesteps", 3, "--output_dir", tmp_path / f"out{len(mode)}{mode}", *mode,
+                    "--embedding_cache_dir", tmp_path / f"cache{mode}", without=["train_data_dir"])
+        (line,) = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
+        assert line["step"] == 2 and line[f"{images} (validation)"] > 0
+
+
 def test_dataset_repeats(parse, tmp_path):
     once, thrice = (make(parse("--dataset_repeats", n, "--num_train_epochs", 2, "--max_train_steps", 1), tmp_path).order
                     for n in (1, 3))

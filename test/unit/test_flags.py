@@ -184,6 +184,7 @@ def test_a_bad_value_names_its_flag(capsys, action):
     ([*NEEDED, "--learning_rate=-1"], ["--learning_rate", "at least 0"]), ([*NEEDED, "--snr_gamma=0"], ["more than 0"]),
     ([*NEEDED, "--adam_beta2=1.5"], ["--adam_beta2", "at most 1"]), ([*NEEDED, "--train_batch_size=1.5"], ["whole number"]),
     ([*NEEDED, "--train_batch_size=0"], ["at least 1"]), ([*NEEDED, "--enable_bucket=maybe"], ["--enable_bucket", "maybe"]),
+    ([*NEEDED, "--alpha_mask", "--conditioning_data_dir=m"], ["--alpha_mask", "--conditioning_data_dir", "exclude each other"]),
     ([*NEEDED, "--random_crop"], ["--random_crop", "--enable_bucket"]), ([*NEEDED, "--bucket_no_upscale"], ["--enable_bucket"]),
     ([*NEEDED, "--keep_tokens=1"], ["--shuffle_caption"]), ([*NEEDED, "--learning_rate_te2=1"], ["--train_text_encoder"]),
     ([*NEEDED, "--use_8bit_adam", "--optimizer=adafactor"], ["--use_8bit_adam", "adafactor"]),

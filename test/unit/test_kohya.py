@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -115,8 +115,9 @@ CHANGES = [
     ("conditioning_data_dir", "masks", {}, {"mask": "masks"}),
     ("image_dir", "others", {}, {"origin.path": "others", "id": "others"}),
 ]
-REFUSED = [("face_crop_aug_range", [2.0, 4.0], "random_crop"), ("network_multiplier", 0.5, "1"), ("validation_split", 0.1, "0"),
-           ("custom_attributes", {"a": 1}, "empty"), ("resize_interpolation", "lanzcos", "lanczos")]
+REFUSED = [("face_crop_aug_range", [2.0, 4.0], "random_crop"), ("network_multiplier", 0.5, "1"),
+           ("validation_split", 1, "less than 1"), ("custom_attributes", {"a": 1}, "empty"),
+           ("resize_interpolation", "lanzcos", "lanczos")]
 
 
 def flat(spec: Spec) -> dict:
@@ -317,6 +318,14 @@ def test_sets_are_told_apart_and_overlaps_are_named(tmp_path):
     assert len(described.notes) == 1 and "validation_seed" in described.notes[0]
 
 
+def test_validation_split_makes_an_evaluation_set_of_each_subset(tmp_path):
+    subsets = [{"image_dir": "a"}, {"image_dir": "b", "is_reg": True}]
+    trained, aside, prior = read(tmp_path, {"validation_split": 0.25, "validation_seed": 7}, [{"subsets": subsets}]).specs
+    assert trained.held_out == aside.held_out == (0.25, 7) and prior.held_out is None and prior.regularisation
+    assert (trained.evaluation, aside.evaluation, prior.evaluation) == (False, True, False)
+    assert aside == replace(trained, id="a (validation)", evaluation=True)
+
+
 def test_messages_name_the_subset_that_a_folder_was_named_in(tmp_path):
     described = read(tmp_path, {}, [{"subsets": [{"image_dir": "a"}]}, {"subsets": [{"image_dir": "b"}, {"image_dir": "c"}]}])
     assert described.specs[2].origin.flag == f"{tmp_path / 'config.toml'}, [[datasets]] 2, [[datasets.subsets]] 2, image_dir"
@@ -502,9 +511,6 @@ def test_flags_without_anything_are_rules_without_anything():
 
 def test_flags_that_contradict_each_other():
     refused(lambda: kohya.rules_of(flags("--caption_separator=")), "--caption_separator is empty")
-    args = flags("--alpha_mask", "--conditioning_data_dir=masks")
-    origin = kohya.folder_origin(args, "x", "--train_data_dir")
-    refused(lambda: kohya.plain(args, "x", origin), "--alpha_mask", "--conditioning_data_dir")
 
 
 def test_folders_by_flag(tmp_path):

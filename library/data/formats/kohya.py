@@ -40,8 +40,8 @@ def read_config(args) -> Described:
             if kind != first:
                 raise UserError(f"{place}: all subsets of a data set are of one kind, but this one has {kind} and the "
                                 f"first one has {first} (metadata_file, conditioning_data_dir): give it [[datasets]] of its own")
-            specs.append(_spec_of_subset(values | subset, subset, args, place))
-        if "validation_seed" in values:
+            specs += _split(_spec_of_subset(values | subset, subset, args, place), values, args)
+        if "validation_seed" in values and not values.get("validation_split"):
             notes.append(f"{path}: validation_seed has no effect without validation_split")
     folders = {Path(spec.origin.path).resolve() for spec in specs}
     notes += [f"{path}: {spec.origin.path} lies in {parent}, whose subfolders are read, too: its images are in both sets"
@@ -73,6 +73,16 @@ def _spec_of_subset(values: dict, own: dict, args, place: str) -> Spec:
                 mask=mask or (None if regularisation else args.conditioning_data_dir), latents=latents_of(args),
                 interpolation=kohya_keys.INTERPOLATIONS.get(values.get("resize_interpolation")))
     return _regularisation(spec, args) if regularisation else spec
+
+
+def _split(spec: Spec, values: dict, args) -> list[Spec]:
+    """The set, and beside it the one that validation_split keeps for evaluation. Regularisation images are not split."""
+    share = values.get("validation_split", 0)
+    if not share or spec.regularisation:
+        return [spec]
+    seed = values["validation_seed"] if "validation_seed" in values else args.seed or 0
+    trained = replace(spec, held_out=(float(share), seed))
+    return [trained, replace(trained, id=f"{spec.id} (validation)", evaluation=True)]
 
 
 def is_dreambooth(path: Path | str) -> bool:
@@ -179,8 +189,6 @@ def read_captions(table: Path | str, separator: str = ",") -> dict[str, str]:
 
 def plain(args, id: str, origin: Origin) -> Spec:
     """The set that the flags alone describe: their size, rules, augmentation, repeats, masks and cache mode."""
-    if args.alpha_mask and args.conditioning_data_dir:
-        raise UserError("--alpha_mask and --conditioning_data_dir are both masks: leave one of them out")
     return Spec(id, origin, size_of(args), rules_of(args), flip=args.random_flip, colour=args.color_aug,
                 rate=float(args.dataset_repeats), mask="alpha" if args.alpha_mask else args.conditioning_data_dir,
                 latents=latents_of(args))

@@ -36,7 +36,7 @@ OF_DATASETS = {
                                                           lambda value: isinstance(value, str) and value in INTERPOLATIONS),
     "network_multiplier": ("1: other strengths are not supported", lambda value: _number(value, 1, 1)),
     "validation_seed": _whole(0),
-    "validation_split": ("0: setting images aside for validation is not supported", lambda value: _number(value, 0, 0))}
+    "validation_split": ("a number from 0 to less than 1", lambda value: _number(value, 0, 1) and value != 1)}
 PASSED_ON = {
     "num_repeats": _whole(1), "shuffle_caption": SWITCH, "caption_separator": NAME, "keep_tokens": _whole(0),
     "keep_tokens_separator": TEXT, "secondary_separator": TEXT, "enable_wildcard": SWITCH, "color_aug": SWITCH,
