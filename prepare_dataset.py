@@ -21,7 +21,7 @@ def parse_args(argv=None):
     add("--num_processes", type=flags.COUNT, metavar="N", help="of the training run, for its steps (default: those launched)")
     flags.switch(group, "fix", "also write OUTPUT_DIR/dataset_fix: good images and their captions as metadata.jsonl, and lists "
                  "of the others; the data themselves are never touched")
-    flags.add_model_flags(parser)
+    flags.add_model_flags(parser, required=False)    # only its tokenizers are read
     flags.add_data_flags(parser)
     flags.add_cache_flags(parser)
     flags.add_training_flags(parser)
@@ -30,7 +30,6 @@ def parse_args(argv=None):
     flags.add_checkpoint_flags(parser)
     flags.add_validation_flags(parser)
     flags.add_runtime_flags(parser)
-    parser._option_string_actions["--pretrained_model_name_or_path"].required = False    # only its tokenizers are read
     args = parser.parse_args(argv)
     flags.check(parser, args)
     return args

@@ -16,10 +16,11 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 OPTIMIZERS = ("adamw", "adamw_fused", "adamw_8bit", "adafactor")
 
 
-def add_model_flags(parser: Parser) -> None:
+def add_model_flags(parser: Parser, required: bool = True) -> None:
+    """required: whether the script cannot do without a base model."""
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--pretrained_model_name_or_path", required=True, metavar="MODEL",
+    add("--pretrained_model_name_or_path", required=required, metavar="MODEL",
         help="base model: a diffusers folder, a hub id, or one .safetensors/.ckpt file")
     add("--pretrained_vae_model_name_or_path", metavar="VAE", help="another VAE: a folder, a hub id or one file")
     add("--revision", help="revision of the base model (and of the VAE) on the hub")
