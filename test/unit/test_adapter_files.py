@@ -109,9 +109,10 @@ def test_diffusers_loads_our_file_whole_and_draws_the_same_image(kind, tmp_path,
         torch.testing.assert_close(draw(other), want, rtol=1e-4, atol=1e-4)
 
 
-def test_the_file_is_the_one_diffusers_writes(tmp_path):
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_file_is_the_one_diffusers_writes(rslora, tmp_path):
     from peft.utils import get_peft_model_state_dict
-    unet = trained_unet(KINDS["dora"])
+    unet = trained_unet(Settings("dora", 4, 3.0, rslora=rslora, alpha_pattern={"attn2": 5.0}))
     StableDiffusionXLPipeline.save_lora_weights(tmp_path / "theirs", unet_lora_layers=get_peft_model_state_dict(unet),
                                                 unet_lora_adapter_metadata=unet.peft_config["default"].to_dict())
     adapter_files.save(tmp_path / "ours" / adapter_files.DIFFUSERS_NAME, {"unet": unet}, KINDS["dora"], "diffusers")
@@ -119,9 +120,12 @@ def test_the_file_is_the_one_diffusers_writes(tmp_path):
     (theirs, their_header), (ours, header) = map(read_raw, paths)
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
     ours, theirs = (json.loads(each["lora_adapter_metadata"]) for each in (header, their_header))
-    assert all(ours[f"unet.{name}"] == theirs[f"unet.{name}"] for name in ("r", "lora_alpha", "use_dora", "use_rslora"))
-    read = adapter_files.read(tmp_path / "theirs")    # alphas from their header
-    assert read.kind == "dora" and {own["alpha"].item() for own in read.modules.values()} == {3.0}
+    if not rslora:
+        assert all(ours[f"unet.{name}"] == theirs[f"unet.{name}"] for name in ("r", "lora_alpha", "use_dora", "use_rslora"))
+    for each in ("ours", "theirs"):    # alphas from the header
+        read = adapter_files.read(tmp_path / each)
+        assert read.kind == "dora" and {name: own["alpha"].item() for name, own in read.modules.items()} == {
+            name: (5.0 if "attn2" in name else 3.0) * (2 if rslora else 1) for name in read.modules}
 
 
 def full_size(conv: bool) -> dict[str, tuple[int, int, int, int]]:

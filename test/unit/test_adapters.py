@@ -244,6 +244,23 @@ def test_glora_and_full_are_their_formulas():
         torch.testing.assert_close(layer(x), compute(x, weight + update, bias), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("algo, factors", [("locon", 2), ("loha", 4), ("lokr", 3), ("glora", 2)])
+def test_lycoris_loses_no_small_update_on_a_bf16_base(algo, factors):
+    config = {"algo": algo, "linear_dim": 1, "linear_alpha": 1.0, "factor": 8,
+              "apply_preset": {"target_module": [], "target_name": [LAYER.replace(".", r"\.") + "$"]}}
+    unet = make_unet(torch.bfloat16)
+    layer = unet.get_submodule(LAYER)
+    layer.weight.data.fill_(1)    # where the next bfloat16 is 1.0078
+    adapters.add(unet, [], Settings("lycoris", lycoris_config=config))
+    for tensor in with_noise(unet, 1.0).lycoris.parameters():
+        tensor.data.mul_(1e-3 ** (1 / factors) / tensor.abs().max())    # so that no update exceeds 0.001
+    own = adapters.weights(unet)[LAYER]
+    x = torch.tensor([1.0, -1.0]).repeat(3, 32).to(torch.bfloat16)    # of which the weight itself makes 0
+    want = F.linear(x.float(), adapter_merge.delta(own, layer.weight)[0])
+    assert 1e-4 < want.abs().max() < 0.1
+    torch.testing.assert_close(layer(x).float(), want, rtol=0.05, atol=want.abs().max().item() * 0.02)
+
+
 def test_pissa_starts_from_the_largest_parts():
     unet = make_unet()
     weight = unet.get_submodule(LAYER).weight.clone()
