@@ -173,7 +173,7 @@ def _linear4bit(layer: torch.nn.Linear) -> torch.nn.Module:
     made = nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=layer.weight.dtype,
                          quant_type="nf4", device="meta")
     made.weight = nn.Params4bit(layer.weight.detach(), quant_type="nf4", module=made).to(layer.weight.device)
-    made.bias = layer.bias
+    made.bias, made.training = layer.bias, layer.training
     made.support_avx512bf16_for_cpu = False    # a layout for inference, which has no gradient: it would be cut off in silence
     return made
 

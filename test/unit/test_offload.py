@@ -61,6 +61,18 @@ def test_small_tensors_stay(sent):
     assert not sent and torch.equal(x.grad, 2 * x)
 
 
+def test_tensors_of_other_kinds_stay(sent):
+    """A quantised or sharded tensor has no storage that could be copied."""
+    class Other(torch.Tensor):
+        pass
+
+    x = torch.randn(128, 512, requires_grad=True)
+    with offload.to_main_memory(torch.nn.Identity(), pin=False):
+        product = x * torch.ones(128, 512).as_subclass(Other)
+    product.sum().backward()
+    assert not sent and torch.equal(x.grad.as_subclass(torch.Tensor), torch.ones(128, 512))
+
+
 def test_what_was_written_afterwards_does_not_show():
     """The copy is of the moment at which it was made: a later write in place is without effect."""
     x = torch.full((64, 512), 3.0, requires_grad=True)

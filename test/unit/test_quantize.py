@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from library import flags_adapter
 from library.errors import UserError
 from library.models import quantize
 
@@ -220,10 +221,17 @@ def test_nothing_dequantised_is_kept(precision):
 
 
 @each
-def test_no_gradient_first(precision):
-    """A pass without gradients (validation) leaves the layer able to pass them on afterwards."""
+def test_no_gradient_first(precision, monkeypatch):
+    """A pass without gradients (validation) leaves the layer able to pass them on afterwards.
+
+    bitsandbytes would change its weights to a layout for inference then, on a CPU that has AVX512-BF16.
+    """
+    if precision == "nf4-bnb":
+        from bitsandbytes.nn import modules
+        monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
     layer = linear(64, 64).eval()
     quantize.apply(layer, precision)
+    assert not layer[0].training
     with torch.no_grad():
         before = layer(torch.ones(1, 64, dtype=torch.bfloat16))
     x = torch.ones(1, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -342,6 +350,15 @@ def test_only_frozen_networks(unet):
         quantize.apply(add_lora(unet), QUANTISED[0])
 
 
+def test_bytes_of_nf4():
+    """Half a byte a weight, a byte for each block of 64, four for each 256 blocks, two code books and a mean."""
+    pytest.importorskip("bitsandbytes")
+    layer = linear(1280, 1280, bias=False)
+    quantize.apply(layer, "nf4-bnb")
+    count = 1280**2
+    assert quantize.bytes_of(layer) == count // 2 + count // 64 + count // 64 // 256 * 4 + 16 * 4 + 256 * 4 + 4
+
+
 def test_shared_weights_count_once():
     layer = torch.nn.Linear(8, 8, bias=False)
     layer.again = layer.weight
@@ -437,6 +454,10 @@ def test_ddp_cannot_send_a_base_of_torchao(unet, group):
     quantize.apply(unet, "int8-torchao")
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.nn.parallel.DistributedDataParallel(add_lora(unet))
+
+
+def test_flags_offer_what_there_is():
+    assert flags_adapter.PRECISIONS == quantize.PRECISIONS
 
 
 def test_bounds_are_in_order():
