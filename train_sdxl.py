@@ -116,7 +116,7 @@ def main(args):
     state = checkpoints.State(networks, optimizer, lr_schedule, accelerator.scaler, average)
     if found:
         state.load(found)
-    state.check_space(output)
+    state.check_space(output, optimizers.state_bytes(args))
 
     batches = loader.Loader(data, order, latents, prompts, args, seed, accelerator)
     log = meter.Meter(output, trackers, state, steps, args.logging_steps, device.type)
@@ -130,14 +130,17 @@ def main(args):
     def show_and_save(step):
         """Validation images, evaluation loss and a model ready to use, where they fall due after this step."""
         if held_out and (step == steps or plan.due(order, step, args.eval_steps_interval, None)):
-            evaluation.run(lambda batch: training_loss(unet, batch, schedule, even_cdf, args), held_out, args.num_eval_images,
-                           args.eval_timesteps, [*networks.values()], average, step, output, trackers, accelerator, on_device)
+            with optimizers.evaluated(optimizer):
+                evaluation.run(lambda batch: training_loss(unet, batch, schedule, even_cdf, args), held_out, args.num_eval_images,
+                               args.eval_timesteps, [*networks.values()], average, step, output, trackers, accelerator, on_device)
         if args.validation_prompt and (step == steps or plan.due(order, step, args.validation_steps, args.validation_epochs)):
             pipeline = sdxl_output.make_pipeline(base, unet, encoders.vae, schedule)
             shown = encoders.shown(args, prompts, sdxl_output.guides_from_encoded(args, base))
-            validation.run(args, seed, pipeline, shown, unet, average, step, output, trackers, accelerator)
+            with optimizers.evaluated(optimizer):
+                validation.run(args, seed, pipeline, shown, unet, average, step, output, trackers, accelerator)
         for name in plan.model_names(args, order, step) if step < steps else ():
-            sdxl_output.save_model(output / name, args, base, networks, average, schedule)
+            with optimizers.evaluated(optimizer):
+                sdxl_output.save_model(output / name, args, base, networks, average, schedule)
 
     if found:    # the run may have been stopped between the checkpoint and this
         with log.paused():
@@ -176,7 +179,8 @@ def main(args):
         return running.say(f"stopped after step {state.step} of {steps}; --resume_from_checkpoint latest goes on from there")
 
     name = args.output_name if args.save_model_as != "diffusers" else ""
-    written = sdxl_output.save_model(output / name, args, base, networks, average, schedule)
+    with optimizers.evaluated(optimizer):
+        written = sdxl_output.save_model(output / name, args, base, networks, average, schedule)
     if accelerator.is_main_process:
         written += [report.write_loss_curve(output), report.write_report(
             output, title=output.resolve().name, command=running.command(), versions=running.versions(device),

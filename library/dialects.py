@@ -6,6 +6,7 @@ one declaration, one help text and one default.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -42,6 +43,7 @@ RENAMED = {
     "validation_epoch_interval": "validation_epochs",
     "caption_dropout_probability": "proportion_empty_prompts",
     "rescale_betas_zero_snr": "zero_terminal_snr",
+    "optimizer_config": "optimizer_args",
     "optimizer_beta1": "adam_beta1",
     "optimizer_beta2": "adam_beta2",
 }
@@ -55,7 +57,18 @@ REPLACED = {
 
 # Spellings of values, by our flag.
 VALUES = {
-    "optimizer": {"adamw8bit": "adamw_8bit", "adamwfused": "adamw_fused", "bnb-adamw8bit": "adamw_8bit"},
+    "optimizer": {
+        # kohya; PagedAdamW32bit is PagedAdamW, and DAdaptation an earlier form of DAdaptAdam
+        "adamw8bit": "adamw_8bit", "adamwfused": "adamw_fused", "pagedadamw": "bnb-adamw-paged",
+        "pagedadamw32bit": "bnb-adamw-paged", "pagedadamw8bit": "bnb-adamw8bit-paged", "lion8bit": "bnb-lion8bit",
+        "pagedlion8bit": "bnb-lion8bit-paged", "ademamix8bit": "bnb-ademamix8bit", "pagedademamix8bit": "bnb-ademamix8bit-paged",
+        "sgdnesterov": "sgd", "sgdnesterov8bit": "bnb-sgd8bit", "dadaptation": "dadapt-adam", "dadaptadampreprint": "dadapt-adam",
+        "dadaptadam": "dadapt-adam", "dadaptlion": "dadapt-lion", "dadaptsgd": "dadapt-sgd", "dadaptadagrad": "dadapt-adagrad",
+        "dadaptadan": "dadapt-adan", "adamwschedulefree": "adamw-schedulefree", "radamschedulefree": "radam-schedulefree",
+        "sgdschedulefree": "sgd-schedulefree", "torch.optim.adamw": "adamw",
+        # SimpleTuner
+        "torch-adamw": "adamw", "bnb-adamw8bit": "adamw_8bit", "adamw_schedulefree": "adamw-schedulefree",
+        "adamw_schedulefree+no_kahan": "adamw-schedulefree"},
     "save_precision": {"fp32": "float", "float32": "float", "float16": "fp16", "bfloat16": "bf16"},
     "vae_dtype": {"float": "fp32", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"},
     "image_interpolation_mode": {"linear": "bilinear", "cubic": "bicubic", "area": "box"},
@@ -140,7 +153,9 @@ def _without_zeros(groups: list[tuple[str, bool, list[str]]]) -> list[tuple[str,
 
 
 def _split(flag: str, value: str) -> list[str]:
-    """SimpleTuner's list of sizes in one word, 1024x1024,1280x768. (1024,768 is one size: width and height.)"""
+    """SimpleTuner's lists in one word: sizes, 1024x1024,1280x768 (1024,768 is one: width and height), and keywords, a=1,b=2."""
+    if flag == "optimizer_args":
+        return re.split(r",\s*(?=\w+\s*=)", value)
     return value.split(",") if flag == "validation_resolution" and "x" in value.lower() else [value]
 
 

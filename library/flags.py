@@ -5,15 +5,26 @@ diffusers' names are used where diffusers has the flag; `dialects.py` knows the 
 """
 
 import argparse
+import ast
+import difflib
+import math
 import os
 import sys
 
+from library.flags_adapter import faults_of_dreambooth
 from library.flags_data import add_cache_flags, add_data_flags, faults_of_data, idle_data_flags  # noqa: F401
 from library.parser import COUNT, FRACTION, NOT_NEGATIVE, Parser, number, size, switch
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
                  "piecewise_constant", "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay")
-OPTIMIZERS = ("adamw", "adamw_fused", "adamw_8bit", "adafactor")
+OPTIMIZERS = (
+    "adamw", "adamw_fused", "adamw_8bit", "adamw_bf16", "adafactor", "sgd", "lion", "stableadamw", "flashadamw", "ademamix",
+    "adopt", "prodigy", "dadapt-adam", "dadapt-lion", "dadapt-sgd", "dadapt-adagrad", "dadapt-adan",
+    "adamw-schedulefree", "radam-schedulefree", "sgd-schedulefree", "came", "soap", "muon", "optimi-adam", "optimi-adamw",
+    "optimi-lion", "optimi-stableadamw", "optimi-adan", "optimi-ranger", "optimi-radam", "optimi-sgd", "bnb-adam", "bnb-adam8bit",
+    "bnb-adamw", "bnb-adamw-paged", "bnb-adamw8bit-paged", "bnb-lion", "bnb-lion8bit", "bnb-lion-paged", "bnb-lion8bit-paged",
+    "bnb-ademamix", "bnb-ademamix8bit", "bnb-ademamix-paged", "bnb-ademamix8bit-paged", "bnb-adagrad", "bnb-adagrad8bit",
+    "bnb-sgd", "bnb-sgd8bit", "ao-adamw8bit", "ao-adamw4bit", "ao-adamwfp8", "ao-adamfp8")
 
 
 def add_model_flags(parser: Parser, required: bool = True) -> None:
@@ -69,16 +80,39 @@ def add_training_flags(parser: Parser) -> None:
         help="gradients are scaled down to this norm; 0 leaves them")
 
 
+def optimizer(text: str) -> str:
+    """A type for argparse: a name of OPTIMIZERS; the nearest is named for another."""
+    if text in OPTIMIZERS:
+        return text
+    near = difflib.get_close_matches(text, OPTIMIZERS, n=1, cutoff=0.4)
+    raise argparse.ArgumentTypeError(f"there is no optimizer {text}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+
+
+def keyword(text: str) -> tuple[str, object]:
+    """`name=value` -> (name, value): numbers, tuples, True, False, None, inf as Python has them; another word is a string."""
+    name, equals, value = (part.strip() for part in text.partition("="))
+    words = {"true": True, "false": False, "none": None, "inf": math.inf}
+    try:
+        if equals and name.isidentifier():
+            return name, words[value.lower()] if value.lower() in words else ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        if value.isidentifier():
+            return name, value
+    raise argparse.ArgumentTypeError(f"{text!r} is not like d_coef=2, betas=0.9,0.99 or decouple=True")
+
+
 def add_optimizer_flags(parser: Parser) -> None:
     group = parser.add_argument_group("optimizer")
     add = group.add_argument
-    add("--optimizer", default="adamw", choices=OPTIMIZERS, metavar="NAME",
-        help="adamw (fused where the device has it), adamw_fused, adamw_8bit (bitsandbytes), adafactor")
+    add("--optimizer", default="adamw", type=optimizer, metavar="NAME",
+        help=f"{', '.join(OPTIMIZERS)}; docs/optimizers.md tells which")
+    add("--optimizer_args", nargs="+", default=[], type=lambda text: keyword(text) and text, metavar="K=V",
+        help="keywords of the optimizer's class, such as d_coef=2 betas=0.9,0.99")
     switch(group, "use_8bit_adam", "the same as --optimizer adamw_8bit")
-    add("--adam_beta1", type=FRACTION, default=0.9, metavar="B", help="AdamW: decay of the first moment")
-    add("--adam_beta2", type=FRACTION, default=0.999, metavar="B", help="AdamW: decay of the second moment")
-    add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2, metavar="W", help="weight decay, of Adafactor too")
-    add("--adam_epsilon", type=NOT_NEGATIVE, default=1e-8, metavar="E", help="AdamW: added to the denominator")
+    add("--adam_beta1", type=FRACTION, metavar="B", help="decay of the first moment (default: its own, AdamW's is 0.9)")
+    add("--adam_beta2", type=FRACTION, metavar="B", help="decay of the second moment (default: its own, AdamW's is 0.999)")
+    add("--adam_weight_decay", type=NOT_NEGATIVE, metavar="W", help="weight decay (default: its own, AdamW's is 0.01)")
+    add("--adam_epsilon", type=NOT_NEGATIVE, metavar="E", help="added to the denominator (default: its own, AdamW's is 1e-8)")
     switch(group, "allow_tf32", "let NVIDIA GPUs multiply float32 matrices in TF32: faster, 10 bits of mantissa")
 
 
@@ -164,9 +198,13 @@ def add_validation_flags(parser: Parser) -> None:
 
 def check(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, all of them in one sentence."""
-    faults = faults_of_data(args)
+    faults = faults_of_data(args) + (faults_of_dreambooth(args) if hasattr(args, "instance_data_dir") else [])
     if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw_8bit"):
         faults.append(f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other")
+    if args.use_ema and args.optimizer.endswith("schedulefree"):
+        faults.append(f"--use_ema and --optimizer {args.optimizer} exclude each other: it averages the weights itself")
+    given = [keyword(text)[0] for text in args.optimizer_args]
+    faults += [f"--optimizer_args gives {name} twice" for name in dict.fromkeys(given) if given.count(name) > 1]
     for name in ("learning_rate_te1", "learning_rate_te2"):
         if getattr(args, name) is not None and not args.train_text_encoder:
             faults.append(f"--{name} needs --train_text_encoder")
@@ -198,7 +236,6 @@ def without_effect(parser: Parser, args: argparse.Namespace) -> list[str]:
         (("timestep_bias_multiplier",), bias != "none", "without --timestep_bias_strategy"),
         (("timestep_bias_portion",), bias in ("earlier", "later"), "without --timestep_bias_strategy earlier or later"),
         (("timestep_bias_begin", "timestep_bias_end"), bias == "range", "without --timestep_bias_strategy range"),
-        (("adam_beta1", "adam_beta2", "adam_epsilon"), args.optimizer != "adafactor", "with --optimizer adafactor"),
     ]
     schedules = {"lr_num_cycles": ("cosine_with_restarts",), "lr_power": ("polynomial",),
                  "lr_step_rules": ("piecewise_constant",), "lr_decay_steps": ("warmup_stable_decay",),

@@ -125,8 +125,12 @@ def add_cache_flags(parser: Parser) -> None:
 def faults_of_data(args: argparse.Namespace) -> list[str]:
     """Contradictions among the data flags, a sentence each."""
     faults = []
-    if [args.train_data_dir, args.dataset_name, args.data_backend_config, args.dataset_config].count(None) != 3:
-        faults.append("give either --train_data_dir (a folder), --dataset_name, --data_backend_config or --dataset_config")
+    ways = {"train_data_dir": args.train_data_dir, "dataset_name": args.dataset_name, "data_backend_config":
+            args.data_backend_config, "dataset_config": args.dataset_config}
+    if hasattr(args, "instance_data_dir"):    # of scripts that have DreamBooth's flags
+        ways["instance_data_dir"] = args.instance_data_dir
+    if len(ways) - list(ways.values()).count(None) != 1:
+        faults.append(f"give one of {', '.join(f'--{way}' for way in ways)}")
     needs = [("random_crop", "enable_bucket"), ("bucket_no_upscale", "enable_bucket"), ("in_json", "train_data_dir"),
              ("reg_data_dir", "train_data_dir"), ("streaming", "dataset_name")]
     several = args.data_backend_config or args.dataset_config    # there, each set has its own

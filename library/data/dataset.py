@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from library.data import draws
-from library.data.formats import kohya, simpletuner
+from library.data.formats import dreambooth, kohya, simpletuner
 from library.data.scan import name_faults, scan
 from library.data.sources import opening
 from library.data.specs import Described, Origin, Spec
@@ -55,6 +55,8 @@ class Data:
 
 def describe(args) -> Described:
     """The data sets that the flags name, in whatever format. Raises `UserError` for what a description gets wrong."""
+    if getattr(args, "instance_prompt", None):    # of scripts that have DreamBooth's flags
+        return dreambooth.read(args)
     if args.data_backend_config:
         return simpletuner.read(args)
     if args.dataset_config:

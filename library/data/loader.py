@@ -124,7 +124,7 @@ class Loader:
         """One batch. B samples of one bucket, latents of C x h x w:
 
         latents [B, C, h, w], noise [B, C, h, w], noise_offset [B, C, 1, 1], timestep_draw [B] in [0, 1), time_ids [B, 6],
-        loss_weight [B], and loss_mask [B, 1, h, w] if any data set has masks, float32;
+        loss_weight [B], loss_mask [B, 1, h, w] if any data set has masks, keeps_prior [B] if any does, float32;
         the fields of the prompt store [B, ...], or token ids.
         """
         rows, visits, bucket = self.samples(step, micro)
@@ -171,6 +171,8 @@ class Loader:
             "latents": (mean + std * latent_draw - self.latents.shift) * self.latents.scale,
             "loss_weight": torch.tensor(spec.weight if spec.regularisation else 1.0),
         }
+        if any(each.keeps_prior for each in self.table.sets):
+            sample["keeps_prior"] = torch.tensor(float(spec.keeps_prior))
         if self.table.masked:
             sample["loss_mask"] = self._mask(row, number)
         prompt = self.prompt(row, visit, step)

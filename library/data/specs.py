@@ -98,6 +98,7 @@ class Spec:
     match: bool = False                       # regularisation: seen, all together, as often as everything else
     weight: float = 1.0                       # of its loss (prior_loss_weight)
     regularisation: bool = False
+    keeps_prior: bool = False                 # adapters learn what the model says of it without them (SimpleTuner)
     mask: str | None = None                   # "alpha", or a folder of masks named as the images
     batch_size: int | None = None             # None: --train_batch_size
     max_samples: int | None = None            # a subset, chosen by `id`

@@ -6,14 +6,14 @@ import torch
 
 
 class EMA:
-    """float32 averages of a network's parameters by name, on their device.
+    """float32 averages of a network's trained parameters by name, on their device.
 
     After n updates the decay was min(most, (1 + s) / (10 + s)) with s = n - 1, so that the first update copies.
     """
 
     def __init__(self, network: torch.nn.Module, most: float):
         self.most, self.updates = most, 0
-        self.averages = {name: p.detach().clone().float() for name, p in network.named_parameters()}
+        self.averages = {name: p.detach().clone().float() for name, p in _trained(network)}
 
     def decay(self) -> float:
         """Decay of the latest update."""
@@ -23,7 +23,7 @@ class EMA:
     @torch.no_grad()
     def update(self, network: torch.nn.Module) -> None:
         self.updates += 1
-        now = [p.detach().float() for p in network.parameters()]
+        now = [p.detach().float() for _, p in _trained(network)]
         torch._foreach_lerp_(list(self.averages.values()), now, 1 - self.decay())
 
     @torch.no_grad()
@@ -35,7 +35,7 @@ class EMA:
     @contextlib.contextmanager
     def applied(self, network: torch.nn.Module):
         """Within this context the network holds the averages."""
-        own = {name: p.detach().clone() for name, p in network.named_parameters()}
+        own = {name: p.detach().clone() for name, p in _trained(network)}
         _copy(self.averages, network)
         try:
             yield
@@ -45,5 +45,10 @@ class EMA:
 
 @torch.no_grad()
 def _copy(values: dict[str, torch.Tensor], network: torch.nn.Module) -> None:
-    for name, parameter in network.named_parameters():
+    for name, parameter in _trained(network):
         parameter.copy_(values[name])
+
+
+def _trained(network: torch.nn.Module):
+    """(name, parameter) of what a gradient changes."""
+    return ((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)

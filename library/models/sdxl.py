@@ -137,6 +137,17 @@ def vae_config(base: Base) -> dict:
         raise UserError(f"cannot read the VAE's config in {folder}: {error}") from error
 
 
+def unet_config(base: Base) -> dict:
+    """The UNet's config, without loading it. Raises `UserError`."""
+    if base.path.is_file():
+        from library.models.adapter_settings import SDXL_UNET
+        return SDXL_UNET    # one file has no config: its shape is SDXL's
+    try:
+        return json.loads((base.path / "unet" / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the UNet's config in {base.path / 'unet'}: {error}") from error
+
+
 def tokenize(prompts: list[str], tokenizers: list, length: int) -> dict[str, torch.Tensor]:
     """Prompts -> {"input_ids": [B, n, 77], "input_ids_2": [B, n, 77]} int64, in n = length // 75 pieces.
 
@@ -196,6 +207,14 @@ def trainable_text_encoders(args, encoders) -> dict:
         inner.encoder.layers[-1].requires_grad_(False)
         inner.final_layer_norm.requires_grad_(False)
     return trained
+
+
+def frozen_text_encoders(args, encoders) -> dict:
+    """The text encoders that get an adapter: those that are to be trained, and whose rate is not 0."""
+    rates = {"text_encoder": args.learning_rate_te1, "text_encoder_2": args.learning_rate_te2}
+    if not args.train_text_encoder:
+        return {}
+    return {name: encoder for (name, rate), encoder in zip(rates.items(), encoders.text_encoders, strict=True) if rate != 0}
 
 
 def check_same_unet(base: Base, checkpoint: Path) -> None:

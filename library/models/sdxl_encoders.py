@@ -121,9 +121,9 @@ class Encoders:
             negative = Prompt("", torch.zeros_like(negative.hidden), torch.zeros_like(negative.pooled))
         return positive, negative
 
-    def prompts(self, texts: list[str], source: PromptSource) -> list[Prompt]:
+    def prompts(self, texts: list[str], source: PromptSource | None = None) -> list[Prompt]:
         """Prompts ready to be drawn; from the store if they are cached."""
-        if source.store:
+        if source and source.store:
             fields = [{name: values[None] for name, values in source.read(text).items()} for text in texts]
         else:
             fields = [self.encode_prompts([text]) for text in texts]

@@ -27,7 +27,8 @@ def calm() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # its threads do not survive a fork
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(diffusers|transformers|accelerate|torch|huggingface_hub|bitsandbytes)\b")
 
 
@@ -59,6 +60,11 @@ def say(text: str) -> None:
     """One line for the user, from the main process."""
     if text and processes.is_main():
         tqdm.write(text)
+
+
+def bare(network: torch.nn.Module) -> torch.nn.Module:
+    """A network without the wrapper that many processes put around it."""
+    return getattr(network, "module", network)
 
 
 def choose_seed(given: int | None) -> int:

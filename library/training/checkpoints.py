@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from library.data.cache import os_error, sync
 from library.errors import UserError
-from library.training import processes
+from library.training import optimizer_state, processes
 
 NAME = re.compile(r"checkpoint-(\d+)")
+ADAPTER = "adapter.safetensors"
 _ENTRIES = {"step", "ema_updates", "unlogged", "flags", "files"}    # of every manifest
 # Flags that may differ between a run and its continuation without changing what is computed.
 _HARMLESS = {"output_dir", "output_name", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
@@ -43,19 +44,24 @@ _DECISIVE = ("optimizer", "use_8bit_adam", "train_text_encoder", "use_ema", "lr_
 class State:
     """All that a run carries from one step to the next. Order and noise are functions of the step: nothing to keep."""
 
-    networks: dict[str, torch.nn.Module]    # trained, by the folder of the model they belong to; not wrapped
+    networks: dict[str, torch.nn.Module]    # trained as a whole, by the folder of the model they belong to; not wrapped
     optimizer: torch.optim.Optimizer
     lr_schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler | None
     average: object | None                  # diffusion.ema.EMA of the first network
     step: int = 0                           # optimizer steps done
     unlogged: dict[str, list[float]] = field(default_factory=dict)    # losses and norms since the last line of the log
+    adapter: dict[str, torch.nn.Parameter] = field(default_factory=dict)    # trained on top of frozen networks, by name
 
-    def check_space(self, output_dir: Path) -> None:
-        """Refuse a run whose first checkpoint will not fit on the disk. Raises `UserError`."""
-        moments = 2 if isinstance(getattr(self.optimizer, "optimizer", self.optimizer), torch.optim.AdamW) else 0
+    def check_space(self, output_dir: Path, state_bytes: float) -> None:
+        """Refuse a run whose first checkpoint will not fit on the disk. Raises `UserError`.
+
+        state_bytes: what the optimizer keeps for each trained parameter.
+        """
         weights = sum(p.nbytes for network in self.networks.values() for p in network.parameters())
-        need = weights * (1 + moments) + (sum(p.nbytes for p in self.average.averages.values()) if self.average else 0)
+        weights += sum(p.nbytes for p in self.adapter.values())
+        trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        need = weights + trained * state_bytes + (sum(p.nbytes for p in self.average.averages.values()) if self.average else 0)
         free = shutil.disk_usage(output_dir).free
         if free < need:
             raise UserError(f"a checkpoint takes {need / 2**30:.1f} GB and the disk of --output_dir {output_dir} has "
@@ -82,6 +88,8 @@ class State:
         folder.mkdir(parents=True)
         for name, network in self.networks.items():
             network.save_pretrained(folder / name)
+        if self.adapter:
+            save_file({name: p.detach().cpu().contiguous() for name, p in self.adapter.items()}, folder / ADAPTER)
         if self.average:
             save_file({name: value.contiguous() for name, value in self.average.averages.items()}, folder / "ema.safetensors")
         torch.save({"optimizer": self.optimizer.state_dict(), "lr_schedule": self.lr_schedule.state_dict(),
@@ -102,6 +110,7 @@ class State:
         try:
             state = torch.load(checkpoint.path / "training_state.pt", map_location="cpu", weights_only=True)
             self._load_optimizer(state["optimizer"], state["lr_schedule"])
+            self._load_adapter(checkpoint.path)
             if self.scaler and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             if self.average:
@@ -110,15 +119,24 @@ class State:
             raise UserError(f"--resume_from_checkpoint: the state in {checkpoint.path} does not fit: {error}") from error
         self.step, self.unlogged = checkpoint.step, checkpoint.manifest["unlogged"]
 
+    def _load_adapter(self, folder: Path) -> None:
+        if not self.adapter:
+            return
+        kept = load_file(folder / ADAPTER)
+        if kept.keys() != self.adapter.keys():
+            raise ValueError(f"its adapter has other parts: {', '.join(sorted(kept.keys() ^ self.adapter.keys())[:3])}")
+        with torch.no_grad():
+            for name, parameter in self.adapter.items():
+                parameter.copy_(kept[name])
+
     def _load_optimizer(self, optimizer: dict, lr_schedule: dict) -> None:
         """Moments and position of the schedule are the checkpoint's; rates, betas and decay those of this run's flags."""
-        groups, rates = self.optimizer.param_groups, self.lr_schedule.base_lrs
-        flags = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        self.optimizer.load_state_dict(optimizer)
+        rates = self.lr_schedule.base_lrs
+        optimizer_state.load_state(self.optimizer, optimizer)
         self.lr_schedule.load_state_dict(lr_schedule | {"base_lrs": rates})
         now = [rate * rule(self.lr_schedule.last_epoch) for rate, rule in zip(rates, self.lr_schedule.lr_lambdas, strict=True)]
-        for group, own, rate in zip(self.optimizer.param_groups, flags, now, strict=True):
-            group.update(own, lr=rate)
+        for group, rate in zip(self.optimizer.param_groups, now, strict=True):
+            group["lr"] = rate
         self.lr_schedule._last_lr = now
 
 

@@ -1,28 +1,145 @@
-"""Optimizers by name. State a parameter in bytes, for float32 weights: AdamW 8, AdamW 8-bit 2, Adafactor 0.02."""
+"""Optimizers by name: one table, and what it takes to check and make them."""
 
+import difflib
+import importlib
 import importlib.util
+import inspect
+import os
+import shutil
+from typing import NamedTuple
 
 import torch
 
+from library import flags
 from library.errors import UserError
 from library.training import devices
 from library.training.accelerator import say
+from library.training.lr_schedules import make_lr_schedule  # noqa: F401
+from library.training.optimizer_state import evaluated, load_state  # noqa: F401
+
+PIP = {"bitsandbytes": "bitsandbytes", "optimi": "torch-optimi", "pytorch_optimizer": "pytorch-optimizer", "torchao": "torchao"}
+EVERY = ("cuda", "npu", "xpu", "mps", "cpu")
+KERNELS = ("cuda", "xpu", "cpu")    # those of bitsandbytes, torch.compile and torch.linalg
+PAGED, KAHAN, FREE = "; paged to main memory on CUDA", {"kahan_sum": True}, "needs no schedule: averages its weights as it goes; "
+
+
+class Entry(NamedTuple):
+    """One optimizer."""
+
+    path: str                           # of its class: the package is the library it comes from
+    state: float                        # bytes of state a float32 parameter, in large square matrices
+    use: str                            # when to choose it
+    devices: tuple[str, ...] = EVERY    # "cuda" is ROCm, too
+    own: dict = {}                      # keywords that are not the class's own defaults
+    bf16: float | None = None           # bytes of state a bfloat16 parameter; None: its rounding is not compensated
+
+
+TABLE = {
+    "adamw": Entry("torch.optim.AdamW", 8, "the default; fused where the device has it"),
+    "adamw_fused": Entry("torch.optim.AdamW", 8, "adamw, insisting on the fused kernel", ("cuda", "xpu", "mps", "cpu")),
+    "adamw_8bit": Entry("bitsandbytes.optim.AdamW8bit", 2.03, "AdamW in a quarter of the memory", KERNELS),
+    "adamw_bf16": Entry("optimi.AdamW", 8, "weights in bfloat16, with Kahan's compensation",
+                        own=KAHAN | {"betas": (0.9, 0.999), "eps": 1e-8}, bf16=6),
+    "adafactor": Entry("transformers.optimization.Adafactor", 0.02, "next to no memory; no step size of its own",
+                       own={"relative_step": False, "scale_parameter": False, "weight_decay": 1e-2}),
+    "sgd": Entry("torch.optim.SGD", 4, "with Nesterov's momentum", own={"momentum": 0.9, "nesterov": True}),
+    "lion": Entry("pytorch_optimizer.Lion", 4, "half of AdamW's memory; a third to a tenth of its rate"),
+    "stableadamw": Entry("pytorch_optimizer.StableAdamW", 8, "AdamW that clips its own updates", bf16=6),
+    "flashadamw": Entry("pytorch_optimizer.FlashAdamW", 2.12, "8-bit state in plain torch, for devices without bitsandbytes"),
+    "ademamix": Entry("pytorch_optimizer.AdEMAMix", 12, "a second, slow momentum: long runs"),
+    "adopt": Entry("pytorch_optimizer.ADOPT", 8, "converges with any beta2"),
+    "prodigy": Entry("pytorch_optimizer.Prodigy", 16, "finds its rate: --learning_rate 1"),
+    "dadapt-adam": Entry("pytorch_optimizer.DAdaptAdam", 12, "finds its rate: --learning_rate 1"),
+    "dadapt-lion": Entry("pytorch_optimizer.DAdaptLion", 8, "finds its rate: --learning_rate 1"),
+    "dadapt-sgd": Entry("pytorch_optimizer.DAdaptSGD", 12, "finds its rate: --learning_rate 1"),
+    "dadapt-adagrad": Entry("pytorch_optimizer.DAdaptAdaGrad", 12, "finds its rate: --learning_rate 1"),
+    "dadapt-adan": Entry("pytorch_optimizer.DAdaptAdan", 20, "finds its rate: --learning_rate 1"),
+    "adamw-schedulefree": Entry("pytorch_optimizer.ScheduleFreeAdamW", 8, FREE + "AdamW's rate or up to ten times it"),
+    "radam-schedulefree": Entry("pytorch_optimizer.ScheduleFreeRAdam", 8, FREE + "needs no warm-up either"),
+    "sgd-schedulefree": Entry("pytorch_optimizer.ScheduleFreeSGD", 4, FREE + "ten to fifty times SGD's rate"),
+    "came": Entry("pytorch_optimizer.CAME", 4.02, "factored moments, guided by their confidence"),
+    "soap": Entry("pytorch_optimizer.SOAP", 24, "Adam in Shampoo's eigenbasis: fewer steps, much memory", KERNELS),
+    "muon": Entry("pytorch_optimizer.Muon", 4, "orthogonal updates of matrices at AdamW's rate; what is not a matrix has AdamW",
+                  own={"use_adjusted_lr": True, "weight_decay": 1e-2, "adamw_wd": 1e-2, "adamw_betas": (0.9, 0.999),
+                       "adamw_eps": 1e-8}),
+    "optimi-adam": Entry("optimi.Adam", 8, "Adam with L2 instead of weight decay", own=KAHAN, bf16=6),
+    "optimi-adamw": Entry("optimi.AdamW", 8, "AdamW with beta2 0.99", own=KAHAN, bf16=6),
+    "optimi-lion": Entry("optimi.Lion", 4, "Lion for weights in bfloat16", own=KAHAN, bf16=4),
+    "optimi-stableadamw": Entry("optimi.StableAdamW", 8, "StableAdamW for weights in bfloat16", own=KAHAN, bf16=6),
+    "optimi-adan": Entry("optimi.Adan", 16, "Nesterov's momentum and the change of gradients", own=KAHAN, bf16=10),
+    "optimi-ranger": Entry("optimi.Ranger", 12, "RAdam that looks ahead"),
+    "optimi-radam": Entry("optimi.RAdam", 8, "AdamW that warms itself up", own=KAHAN, bf16=6),
+    "optimi-sgd": Entry("optimi.SGD", 4, "SGD for weights in bfloat16", own=KAHAN | {"momentum": 0.9}, bf16=4),
+    "bnb-adam": Entry("bitsandbytes.optim.Adam", 8, "Adam with L2 instead of weight decay", KERNELS),
+    "bnb-adam8bit": Entry("bitsandbytes.optim.Adam8bit", 2.03, "the same in 8 bits", KERNELS),
+    "bnb-adamw": Entry("bitsandbytes.optim.AdamW", 8, "bitsandbytes' AdamW in 32 bits", KERNELS),
+    "bnb-adamw-paged": Entry("bitsandbytes.optim.PagedAdamW", 8, "AdamW" + PAGED, KERNELS),
+    "bnb-adamw8bit-paged": Entry("bitsandbytes.optim.PagedAdamW8bit", 2.03, "adamw_8bit" + PAGED, KERNELS),
+    "bnb-lion": Entry("bitsandbytes.optim.Lion", 4, "bitsandbytes' Lion in 32 bits", KERNELS),
+    "bnb-lion8bit": Entry("bitsandbytes.optim.Lion8bit", 1.02, "Lion in an eighth of AdamW's memory", KERNELS),
+    "bnb-lion-paged": Entry("bitsandbytes.optim.PagedLion", 4, "Lion" + PAGED, KERNELS),
+    "bnb-lion8bit-paged": Entry("bitsandbytes.optim.PagedLion8bit", 1.02, "bnb-lion8bit" + PAGED, KERNELS),
+    "bnb-ademamix": Entry("bitsandbytes.optim.AdEMAMix", 12, "bitsandbytes' AdEMAMix in 32 bits", KERNELS),
+    "bnb-ademamix8bit": Entry("bitsandbytes.optim.AdEMAMix8bit", 3.05, "AdEMAMix in a quarter of the memory", KERNELS),
+    "bnb-ademamix-paged": Entry("bitsandbytes.optim.PagedAdEMAMix", 12, "AdEMAMix" + PAGED, KERNELS[:2]),
+    "bnb-ademamix8bit-paged": Entry("bitsandbytes.optim.PagedAdEMAMix8bit", 3.05, "bnb-ademamix8bit" + PAGED, KERNELS[:2]),
+    "bnb-adagrad": Entry("bitsandbytes.optim.Adagrad", 4, "rates that only fall", KERNELS),
+    "bnb-adagrad8bit": Entry("bitsandbytes.optim.Adagrad8bit", 1.02, "the same in 8 bits", KERNELS),
+    "bnb-sgd": Entry("bitsandbytes.optim.SGD", 4, "SGD with momentum", KERNELS, {"momentum": 0.9}),
+    "bnb-sgd8bit": Entry("bitsandbytes.optim.SGD8bit", 1.02, "the same in 8 bits", KERNELS, {"momentum": 0.9}),
+    "ao-adamw8bit": Entry("torchao.optim.AdamW8bit", 2.03, "AdamW in 8 bits, compiled: needs a C++ compiler", KERNELS),
+    "ao-adamw4bit": Entry("torchao.optim.AdamW4bit", 1.06, "in 4 bits, compiled: coarser", KERNELS),
+    "ao-adamwfp8": Entry("torchao.optim.AdamWFp8", 2.03, "in float8, compiled", KERNELS),
+    "ao-adamfp8": Entry("torchao.optim.AdamFp8", 2.03, "Adam in float8, compiled", KERNELS),
+}
+
+HIDDEN = {"self", "params", "lr", "args", "kwargs", "fused", "optim_bits", "is_paged", "gradient_release", "clip_lambda",
+          "maximize", "differentiable", "capturable"}    # keywords that the name says already, or that make no sense here
+RENAMED = {"decouple": "weight_decouple", "use_bias_correction": "bias_correction"}    # of prodigyopt and dadaptation
 
 
 def name_of(args) -> str:
     return "adamw_8bit" if args.use_8bit_adam else args.optimizer
 
 
+def state_bytes(args, dtype: torch.dtype = torch.float32) -> float:
+    """Bytes of optimizer state for each trained parameter of that type."""
+    entry = TABLE[name_of(args)]
+    return entry.bf16 if dtype == torch.bfloat16 and entry.bf16 else entry.state
+
+
+def compensates(args) -> bool:
+    """Whether weights may be bfloat16: the optimizer keeps what rounding takes from them."""
+    return TABLE[name_of(args)].bf16 is not None
+
+
 def check_optimizer(args, device: str) -> None:
-    """Refuse what this machine cannot run, before anything is loaded. Raises `UserError`."""
-    name = name_of(args)
-    if name == "adamw_fused" and not devices.fused_adamw(device):
-        raise UserError(f"--optimizer adamw_fused: torch has no fused AdamW for {device}; use adamw")
-    if name == "adamw_8bit":
-        if not importlib.util.find_spec("bitsandbytes"):
-            raise UserError("--optimizer adamw_8bit (--use_8bit_adam) needs bitsandbytes: pip install bitsandbytes")
-        if device in ("mps", "npu"):
-            raise UserError(f"--optimizer adamw_8bit: bitsandbytes has no 8-bit kernel for {device}; use adamw or adafactor")
+    """Refuse what this machine or the optimizer cannot do, before anything is loaded; say what has no effect.
+
+    The optimizer's library is imported only to judge flags that were given to it. Raises `UserError`.
+    """
+    name, entry = name_of(args), TABLE[name_of(args)]
+    package, typed = entry.path.split(".")[0], "--optimizer " + name + " (--use_8bit_adam)" * args.use_8bit_adam
+    if package in PIP and not importlib.util.find_spec(package):
+        raise UserError(f"{typed} needs {package}: pip install {PIP[package]}")
+    if device not in entry.devices:
+        other = {"adamw_fused": "adamw"}.get(name, name[:-6] if device == "cpu" else "adamw, adafactor or flashadamw")
+        raise UserError(f"{typed} does not run on {device}, only on {', '.join(entry.devices)}; use {other}")
+    if package == "torchao" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise UserError(f"{typed} is compiled when it first runs, and there is no C++ compiler: install g++, or use adamw_8bit")
+    if name.endswith("-paged") and device == "cpu":
+        say(f"{typed} has nothing to page to on a CPU: it runs as without -paged")
+    if name.endswith("schedulefree") and args.lr_scheduler not in ("constant", "constant_with_warmup"):
+        say(f"{typed} is meant to run at a constant rate, and --lr_scheduler is {args.lr_scheduler}")
+    rates = learning_rates(args, 1)
+    if _finds_its_rate(name):
+        _check_one_rate(name, rates.values() if args.train_text_encoder else [rates["unet"]])
+        if 0 < rates["unet"] < 0.1:
+            say(f"{typed} finds its own step size and multiplies it by --learning_rate, which is {rates['unet']:g}: 1 is usual")
+    if args.optimizer_args or _flags_given(args):
+        _make(args, [{"params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": 1e-3, "use_muon": True}])    # which muon wants
+        for flag in _keywords(args)[1]:
+            say(f"--{flag} has no effect with {typed}")
 
 
 def learning_rates(args, global_batch: int) -> dict[str, float]:
@@ -33,54 +150,104 @@ def learning_rates(args, global_batch: int) -> dict[str, float]:
 
 
 def make_optimizer(args, networks: dict[str, torch.nn.Module], global_batch: int, device: str) -> torch.optim.Optimizer:
-    """The optimizer of all parameters that want a gradient, one group a network.
-
-    adafactor is transformers' with the given rate as it is: no relative step, no scaling by the parameters, as kohya
-    sets it.
-    """
+    """The optimizer of all parameters that want a gradient, one group a network (two with muon). Raises `UserError`."""
     rates = learning_rates(args, global_batch)
     groups = [{"params": [p for p in network.parameters() if p.requires_grad], "lr": rates[name]}
               for name, network in networks.items()]
-    name, betas, eps, weight_decay = name_of(args), (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay
-    if name == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
-        return AdamW8bit(groups, betas=betas, eps=eps, weight_decay=weight_decay)
-    if name == "adafactor":
-        from transformers.optimization import Adafactor
-        return Adafactor(groups, weight_decay=weight_decay, relative_step=False, scale_parameter=False)
-    fused = name == "adamw_fused" or devices.fused_adamw(device)
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+    tables = {id(module.weight) for network in networks.values() for module in network.modules()
+              if isinstance(module, torch.nn.Embedding)}
+    return from_groups(args, groups, device, tables)
 
 
-def make_lr_schedule(args, optimizer: torch.optim.Optimizer, steps: int):
-    """Learning rate over optimizer steps -> a torch LRScheduler, to be stepped once an optimizer step.
+def from_groups(args, groups: list[dict], device: str, embeddings: set[int] = frozenset()) -> torch.optim.Optimizer:
+    """The optimizer of groups {"params": [...], "lr": rate}.
 
-    Warm-up and decay are steps, or shares of `steps` when below 1. diffusers' schedules, and transformers' three
-    that kohya also offers. Raises `UserError` for what does not fit together.
+    adafactor is transformers' with the given rate as it is: no relative step, no scaling by the parameters, as kohya
+    sets it. embeddings: ids of matrices that muon leaves to AdamW, as their rows are independent.
+    Raises `UserError` for weights in half precision whose rounding the optimizer does not compensate.
     """
-    name, rules, min_ratio = args.lr_scheduler, args.lr_step_rules, args.lr_scheduler_min_lr_ratio
-    warmup, decay = (round(n * steps) if n < 1 else int(n) for n in (args.lr_warmup_steps, args.lr_decay_steps))
-    if warmup > steps and name not in ("constant", "piecewise_constant"):
-        say(f"--lr_warmup_steps {warmup} is longer than the {steps} steps of the run: the rate never reaches its peak")
-    if name in ("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay"):
-        from transformers import optimization
-        if name == "inverse_sqrt":
-            return optimization.get_inverse_sqrt_schedule(optimizer, warmup, timescale=args.lr_scheduler_timescale)
-        if name == "cosine_with_min_lr":
-            return optimization.get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=min_ratio)
-        if warmup + decay > steps:
-            raise UserError(f"--lr_warmup_steps {warmup} and --lr_decay_steps {decay} exceed the {steps} steps of the run")
-        return optimization.get_wsd_schedule(optimizer, warmup, decay, num_training_steps=steps, min_lr_ratio=min_ratio)
-    from diffusers import optimization
-    if name == "piecewise_constant":
-        if not rules:
-            raise UserError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as 1:10,0.1:20,0.01")
-        try:
-            return optimization.get_piecewise_constant_schedule(optimizer, rules)
-        except ValueError as error:
-            raise UserError(f"--lr_step_rules {rules!r} is not like 1:10,0.1:20,0.01: {error}") from None
+    name, entry = name_of(args), TABLE[name_of(args)]
+    low = {p.dtype for group in groups for p in group["params"]} - {torch.float32, torch.float64}
+    if low and (entry.bf16 is None or low != {torch.bfloat16}):
+        raise UserError(f"--optimizer {name} would lose most of its steps to the rounding of {', '.join(map(str, low))} weights: "
+                        "train float32 ones, or bfloat16 ones with adamw_bf16, stableadamw or an optimi- one but ranger")
+    if name == "adamw_bf16" and torch.bfloat16 not in low:
+        say("--optimizer adamw_bf16: the trained weights are float32, so that there is no rounding to compensate")
+    if _finds_its_rate(name):
+        _check_one_rate(name, [group["lr"] for group in groups])
+        groups = [group for group in groups if group["lr"]] or groups    # it knows no other rate than the first group's
+    if name == "muon":
+        groups = [group | {"params": chosen, "use_muon": wanted} for group in groups for wanted in (True, False) if (
+            chosen := [p for p in group["params"] if (p.ndim == 2 and id(p) not in embeddings) == wanted])]
+    if entry.path == "torch.optim.AdamW":
+        groups = [group | {"fused": name == "adamw_fused" or devices.fused_adamw(device)} for group in groups]
+    return _make(args, groups)
+
+
+def _class(entry: Entry) -> type:
+    module, name = entry.path.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+def _finds_its_rate(name: str) -> bool:
+    return name.startswith(("prodigy", "dadapt"))
+
+
+def _check_one_rate(name: str, rates) -> None:
+    if len(set(rates) - {0}) > 1:
+        raise UserError(f"--optimizer {name} finds one step size for all that is trained, and the learning rates are "
+                        f"{', '.join(f'{rate:g}' for rate in rates)}: give one rate, and 0 to what is to stay as it is")
+
+
+def _flags_given(args) -> list[tuple[str, float, tuple[str, ...]]]:
+    """(flag, value, keywords that it sets) of each that goes before an optimizer's own default."""
+    known = [("adam_beta1", args.adam_beta1, ("betas", "adamw_betas")), ("adam_beta2", args.adam_beta2, ("betas", "adamw_betas")),
+             ("adam_epsilon", args.adam_epsilon, ("eps", "adamw_eps")),    # adamw_: of what muon leaves to AdamW
+             ("adam_weight_decay", args.adam_weight_decay, ("weight_decay", "adamw_wd"))]
+    return [each for each in known if each[1] is not None]
+
+
+def _keywords(args) -> tuple[dict, list[str]]:
+    """(keywords of the optimizer's class, flags that it has no use for). Raises `UserError`."""
+    name, entry = name_of(args), TABLE[name_of(args)]
+    taken = inspect.signature(_class(entry)).parameters
+    known = {each: entry.own.get(each, taken[each].default) for each in taken if each not in HIDDEN}
+    keywords, ignored, from_flags = dict(entry.own), [], set()
+    for flag, value, targets in _flags_given(args):
+        targets = [each for each in targets if each in known and (each != "eps" or name != "adafactor")]    # its are two others
+        for each in targets:
+            now, at = keywords.get(each, known[each]), int(flag == "adam_beta2")
+            keywords[each] = (*now[:at], value, *now[at + 1:]) if flag.startswith("adam_beta") else value
+        from_flags |= set(targets)
+        ignored += [] if targets else [flag]
+    for text in args.optimizer_args:
+        each, value = flags.keyword(text)
+        each = RENAMED.get(each, each) if each not in known else each
+        if each not in known:
+            near = difflib.get_close_matches(each, known, n=1, cutoff=0.4)
+            raise UserError(f"--optimizer_args {text}: {name} has no {each}" + (f"; did you mean {near[0]}?" if near else ";")
+                            + f" It takes {', '.join(known)}" + ". The rate is --learning_rate" * (each == "lr"))
+        if each in from_flags:
+            raise UserError(f"--optimizer_args {text} and the flag of the same meaning (--adam_...) exclude each other")
+        keywords[each] = value
+    return keywords, ignored
+
+
+def _make(args, groups: list[dict]) -> torch.optim.Optimizer:
+    name, entry = name_of(args), TABLE[name_of(args)]
+    keywords, _ = _keywords(args)
     try:
-        return optimization.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps,
-                                          num_cycles=args.lr_num_cycles, power=args.lr_power)
-    except ValueError as error:
-        raise UserError(f"--lr_scheduler {name}: {error}") from None
+        optimizer = _class(entry)([dict(group) for group in groups], lr=groups[0]["lr"], **keywords)
+    except Exception as error:    # each library has its own
+        raise UserError(f"--optimizer {name} {' '.join(args.optimizer_args)}: {error}") from error
+    if entry.path.startswith("torchao"):    # its rates must be tensors, but in step() alone: elsewhere they are numbers
+        optimizer.register_step_pre_hook(lambda *_: _each_rate(optimizer, torch.tensor))
+        optimizer.register_step_post_hook(lambda *_: _each_rate(optimizer, float))
+        for group, given in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] = given["lr"]
+    return optimizer
+
+
+def _each_rate(optimizer: torch.optim.Optimizer, change) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = change(group["lr"])

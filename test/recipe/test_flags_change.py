@@ -78,6 +78,7 @@ SHOWN_BY = {
     "lr_step_rules": RATES + "schedules_of_diffusers",
     "max_grad_norm": TRAINING + "max_grad_norm",
     "optimizer": TRAINING + "optimizer_of_a_run",
+    "optimizer_args": TRAINING + "optimizer_of_a_run",
     "use_8bit_adam": TRAINING + "optimizer_of_a_run",
     "adam_beta1": RATES + "adamw_is_torchs",
     "adam_beta2": RATES + "adamw_is_torchs",

@@ -73,7 +73,7 @@ def test_flags_changed_at_a_restart_take_effect(train, capsys):
     assert (group["weight_decay"], group["betas"], group["initial_lr"]) == (0.5, (0.5, 0.999), 1e-5)
     said = capsys.readouterr().out
     for note in ("--learning_rate is now 1e-05, the checkpoint was made with 0.001",
-                 "--adam_weight_decay is now 0.5, the checkpoint was made with 0.01",
+                 "--adam_weight_decay is now 0.5, the checkpoint was made with None",
                  "the seed is now 2, the checkpoint was made with 1",
                  "the global batch is now 1, the checkpoint was made with 2"):
         assert note in said

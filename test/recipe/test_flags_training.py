@@ -94,6 +94,8 @@ def test_max_grad_norm(train, tmp_path, tiny_model):
     ((), "AdamW", {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}),
     (("--optimizer", "adafactor", "--adam_weight_decay", 0.3), "Adafactor", {"weight_decay": 0.3}),
     (("--use_8bit_adam", "--adam_beta1", 0.5), "AdamW8bit", {"betas": (0.5, 0.999)}),
+    (("--optimizer_type", "DAdaptLion", "--learning_rate", 1, "--optimizer_args", "weight_decay=0.1", "decouple=True"),
+     "DAdaptLion", {"weight_decay": 0.1, "weight_decouple": True}),
     (("--optimizer", "adamw", "--adam_beta2", 0.9, "--adam_epsilon", 1e-3), "AdamW", {"betas": (0.9, 0.9), "eps": 1e-3})],
     ids=str)
 def test_optimizer_of_a_run(train, monkeypatch, flags, kind, words):

@@ -45,6 +45,7 @@ ALIASES = [
     ("validation_step_interval", "7", "validation_steps", 7), ("validation_epoch_interval", "7", "validation_epochs", 7),
     ("caption_dropout_probability", "0.1", "proportion_empty_prompts", 0.1),
     ("optimizer", "bnb-adamw8bit", "optimizer", "adamw_8bit"),
+    ("optimizer_config", "eps=1e-7,betas=(0.9,0.99)", "optimizer_args", ["eps=1e-7", "betas=(0.9,0.99)"]),
     ("optimizer_beta1", "0.8", "adam_beta1", 0.8), ("optimizer_beta2", "0.8", "adam_beta2", 0.8),
     ("validation_resolution", "1024x1024,1280x768", "validation_resolution", [(1024, 1024), (1280, 768)]),
     ("validation_resolution", "1024,768", "validation_resolution", [(1024, 768)]),

@@ -79,7 +79,8 @@ DIFFUSERS = dict(
     gradient_checkpointing=False, learning_rate=1e-4, scale_lr=False, lr_scheduler="constant", lr_warmup_steps=500,
     timestep_bias_strategy="none", timestep_bias_multiplier=1.0, timestep_bias_begin=0, timestep_bias_end=1000,
     timestep_bias_portion=0.25, snr_gamma=None, noise_offset=0, prediction_type=None, use_ema=False, use_8bit_adam=False,
-    adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-2, adam_epsilon=1e-8, max_grad_norm=1.0, allow_tf32=False,
+    max_grad_norm=1.0, allow_tf32=False, adam_beta1=None,    # AdamW has theirs: test_optimizer_of_a_run
+    adam_beta2=None, adam_weight_decay=None, adam_epsilon=None,
     mixed_precision=None, dataloader_num_workers=0, local_rank=-1, enable_npu_flash_attention=False,
     enable_xformers_memory_efficient_attention=False, report_to="tensorboard", logging_dir="logs", push_to_hub=False,
     hub_model_id=None, hub_token=None,

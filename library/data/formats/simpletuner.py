@@ -70,7 +70,7 @@ def _spec(one: dict, kinds: dict, args, place: str) -> Spec:
     skipped = one.get("skip_file_discovery", "")
     return Spec(
         id=one["id"], origin=_origin(one, args, place), size=_size(one, args), text=_rules(one, args), flip=args.random_flip,
-        rate=(one.get("repeats", 0) + 1) * one.get("probability", 1.0), regularisation=regularisation,
+        rate=(one.get("repeats", 0) + 1) * one.get("probability", 1.0), regularisation=regularisation, keeps_prior=regularisation,
         weight=args.prior_loss_weight if regularisation else 1.0, mask=links.mask_folder(one, kinds),
         batch_size=one.get("train_batch_size"), max_samples=one.get("max_num_samples"),
         latents="off" if off else "ondemand" if ondemand else "disk", latent_dir=links.latent_dir(one, kinds),

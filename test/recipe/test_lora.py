@@ -1,0 +1,122 @@
+"""train_lora_sdxl.py on the tiny model: it starts as the base, learns, stops and goes on, and writes what others load."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from forks import REPOSITORY
+from safetensors.torch import load_file
+from test_data_sets import losses
+
+import train_lora_sdxl
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def train_lora(tiny_model, tiny_images, shared_cache, tmp_path, one_process, monkeypatch):
+    """`train_lora(*flags)`: a whole run in this process -> its output folder; later flags go before earlier ones."""
+    usual = {"pretrained_model_name_or_path": tiny_model, "train_data_dir": tiny_images, "output_dir": tmp_path / "lora",
+             "embedding_cache_dir": shared_cache, "resolution": 64, "train_batch_size": 2, "max_train_steps": 2, "seed": 1,
+             "report_to": "none", "logging_steps": 1, "rank": 4}
+
+    def train_lora(*flags, without=()):
+        one_process()
+        given = [f"--{name}={value}" for name, value in usual.items() if name not in without]
+        args = train_lora_sdxl.parse_args([*given, *map(str, flags)])
+        with monkeypatch.context() as patch:
+            patch.setattr(train_lora_sdxl.report, "write_loss_curve", lambda folder: folder)
+            patch.setattr(train_lora_sdxl.report, "write_report", lambda folder, **_: folder)
+            train_lora_sdxl.main(args)
+        return Path(args.output_dir)
+
+    return train_lora
+
+
+KINDS = [(), ("--use_dora",), ("--use_rslora",), ("--lora_type", "loha", "--lora_format", "kohya"),
+         ("--lora_type", "lokr", "--lora_format", "kohya"), ("--lora_targets", "convolutions"), ("--lora_targets", "kohya"),
+         ("--lora_init_type", "gaussian"),
+         ("--network_module", "networks.lora", "--network_args", "conv_dim=2", "loraplus_lr_ratio=4")]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(kind) or "lora")
+def test_the_first_loss_is_that_of_the_full_script_and_it_falls(train, train_lora, tmp_path, kind):
+    """The adapter adds nothing at first: then the same images, noise and timesteps give the same loss."""
+    full = losses(train("--max_train_steps", 1, "--center_crop", "--output_dir", tmp_path / "full"))
+    same = ("--center_crop", "--learning_rate", 0.01, "--max_train_steps", 30, "--train_batch_size", 6, "--lr_warmup_steps", 0)
+    first = losses(train_lora("--max_train_steps", 1, "--center_crop", *kind, "--output_dir", tmp_path / "first"))
+    assert first[0] == pytest.approx(full[0], abs=1e-6)
+    fell = losses(train_lora(*same, *kind, "--output_dir", tmp_path / "long"))
+    still = losses(train_lora(*same, "--learning_rate", 1e-12, *kind, "--output_dir", tmp_path / "still"))
+    assert np.mean(fell[-10:]) < np.mean(still[-10:]) - 0.01
+
+
+def test_stopped_and_continued_it_is_the_same_bits(train_lora, tmp_path):
+    more = ("--max_train_steps", 6, "--checkpointing_steps", 3, "--use_ema", "--random_flip", "--lora_dropout", 0,
+            "--lora_format", "both", "--train_text_encoder")
+    whole = train_lora(*more)
+    again = tmp_path / "again"
+    shutil.copytree(whole / "checkpoint-3", again / "checkpoint-3")
+    train_lora(*more, "--output_dir", again, "--resume_from_checkpoint", "latest")
+    for name in (WEIGHTS, "last.safetensors", "checkpoint-6/adapter.safetensors", "checkpoint-6/ema.safetensors"):
+        one, other = load_file(whole / name), load_file(again / name)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+    assert losses(again) == losses(whole)[3:]
+    assert sum(path.stat().st_size for path in (whole / "checkpoint-6").rglob("*")) < 3e6    # the base is not in it
+
+
+def test_diffusers_loads_it_and_draws_what_validation_drew(train_lora, tiny_model, tmp_path):
+    from diffusers import StableDiffusionXLPipeline
+    out = train_lora("--max_train_steps", 4, "--learning_rate", 0.05, "--lora_format", "both", "--train_text_encoder")
+    drawn = []
+    for file in (None, WEIGHTS, "last.safetensors"):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model)
+        pipeline.set_progress_bar_config(disable=True)
+        if file:
+            pipeline.load_lora_weights(out, weight_name=file)
+        drawn.append(pipeline("a red cat", num_inference_steps=2, height=64, width=64, output_type="latent",
+                              generator=torch.Generator().manual_seed(0)).images)
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-3    # it does something
+    torch.testing.assert_close(drawn[1], drawn[2], rtol=1e-3, atol=1e-4)
+
+
+def test_dreambooth_draws_the_class_images_that_are_missing(train_lora, tmp_path):
+    things = tiny.make_images(tmp_path / "things", [(64, 64)] * 3, captions=False)
+    kind = tiny.make_images(tmp_path / "kind", [(64, 64)], captions=False)
+    kept = (kind / "image000.png").read_bytes()
+    flags = ("--instance_data_dir", things, "--instance_prompt", "a photo of sks cat", "--with_prior_preservation",
+             "--class_data_dir", kind, "--class_prompt", "a photo of a cat", "--num_class_images", 3,
+             "--embedding_cache_dir", tmp_path / "cache")
+    out = train_lora(*flags, "--max_train_steps", 2, without=["train_data_dir"])
+    assert len(losses(out)) == 2 and len(list(kind.glob("*.png"))) == 3 and (kind / "image000.png").read_bytes() == kept
+    weighed = [losses(train_lora(*flags, "--learning_rate", 1e-12, "--prior_loss_weight", weight, "--output_dir", tmp_path / str(
+        weight), without=["train_data_dir"])) for weight in (0, 1, 2)]
+    np.testing.assert_allclose(np.diff(weighed, axis=0)[0], np.diff(weighed, axis=0)[1], rtol=1e-3)
+
+
+def test_simpletuners_regularisation_sets_keep_what_the_base_says(train_lora, tmp_path, tiny_images):
+    config = tmp_path / "multidatabackend.json"
+    sets = [{"id": "all", "type": "local", "instance_data_dir": str(tiny_images), "caption_strategy": "textfile", "crop": True,
+             "resolution": 64, "resolution_type": "pixel", "is_regularisation_data": True}]
+    config.write_text(json.dumps(sets))
+    out = train_lora("--data_backend_config", config, "--max_train_steps", 1, without=["train_data_dir"])
+    assert losses(out) == [0.0]    # at first the adapter changes nothing, so that there is nothing to mend
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--rank", 0), ["--rank"]), (("--lora_alpha", 0), ["--lora_alpha"]), (("--lora_targets", "to_qq"), ["to_qq", "to_q"]),
+    (("--lora_type", "loha"), ["--lora_format kohya"]), (("--network_args", "conv_dim=2"), ["--network_module"]),
+    (("--instance_data_dir", "x"), ["--instance_prompt"]), (("--with_prior_preservation",), ["--class_data_dir"])])
+def test_what_cannot_be_is_refused(tiny_model, tiny_images, tmp_path, flags, words):
+    done = subprocess.run([sys.executable, "train_lora_sdxl.py", "--pretrained_model_name_or_path", tiny_model, "--resolution",
+                           "64", "--train_data_dir", tiny_images, "--output_dir", tmp_path / "out", "--report_to", "none",
+                           *map(str, flags)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert not (tmp_path / "out").exists()    # before anything is made
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
