@@ -42,7 +42,7 @@ running.calm()    # before PEFT, which imports every quantiser that is installed
 from library.models import adapters    # before diffusers, which looks for PEFT once
 from library.data import dataset, findings, loader
 from library.diffusion import ddpm, ema
-from library.models import adapter_flags, quantize, sdxl, sdxl_adapter, sdxl_cache, sdxl_encoders, sdxl_output
+from library.models import adapter_flags, adapter_merge, quantize, sdxl, sdxl_adapter, sdxl_cache, sdxl_encoders, sdxl_output
 from library.training import checkpoints, meter, offload, optimizers, plan, signals
 from library.validation import class_images, dataset_report, report
 from library.validation import images as validation
@@ -74,12 +74,10 @@ def main(args):
     accelerator = running.start(args)
     device, output = accelerator.device, Path(args.output_dir)
     optimizers.check_optimizer(args, device.type)
-    precisions = (args.base_model_precision, args.text_encoder_1_precision, args.text_encoder_2_precision)
-    for name, precision in zip(("base_model", "text_encoder_1", "text_encoder_2"), precisions, strict=True):
-        quantize.check(precision, device.type, f"--{name}_precision")
+    base_precision, *text_precisions = adapter_flags.precisions_of(args, device.type)
     offload.check(args.offload_activations, device.type)
     base = sdxl.find_base(args)
-    settings, rates = adapter_flags.settings_of(args, sdxl.unet_config(base))
+    start, settings, rates, formats = adapter_flags.adapter_of(args, sdxl.empty_unet(base))
     schedule = sdxl.load_schedule(base, args.prediction_type, args.zero_terminal_snr)
     sdxl_output.check_base(base, schedule)
     even_cdf = ddpm.cumulative(torch.full_like(schedule.alphas_cumprod, 1 / schedule.config.num_train_timesteps)).to(device)
@@ -97,7 +95,7 @@ def main(args):
 
     # data: every image and caption is looked at; what is encoded once need not be encoded again
     cached = Path(args.embedding_cache_dir or output / "cache")
-    encoders = sdxl_encoders.Encoders(args, base, accelerator)
+    encoders = sdxl_encoders.Encoders(args, base, accelerator, precisions=text_precisions)
     if args.with_prior_preservation and class_images.count(args.class_data_dir) < args.num_class_images:
         teller = sdxl.load_part(base, "unet", sdxl.DTYPES[accelerator.mixed_precision]).to(device)
         prompt, negative = encoders.prompts([args.class_prompt, ""])
@@ -119,11 +117,14 @@ def main(args):
 
     # models: the frozen UNet (and text encoders), small or quantised, and the adapter on them in float32
     unet = sdxl.load_part(base, "unet", sdxl.DTYPES[accelerator.mixed_precision])
-    quantize.apply(unet, precisions[0], device)
-    networks = {"unet": unet.to(device)} | sdxl.frozen_text_encoders(args, encoders)
-    for network, precision in zip(list(networks.values())[1:], precisions[1:], strict=False):
-        quantize.apply(network, precision, device)
-    adapters.add(unet, list(networks.values())[1:], settings, seed=seed)
+    quantize.apply(unet, base_precision, device)
+    sdxl.set_attention(unet, args.enable_xformers_memory_efficient_attention, args.enable_npu_flash_attention)
+    networks = {"unet": unet.to(device)} | sdxl.adapted_text_encoders(args, encoders)
+    text_encoders = [networks.get("text_encoder"), networks.get("text_encoder_2")]
+    if start:
+        settings = adapter_merge.start_from(start, unet, text_encoders, settings, seed=seed)
+    else:
+        adapters.add(unet, text_encoders, settings, seed=seed)
     if args.gradient_checkpointing:
         sdxl.enable_gradient_checkpointing(networks)
     for network in networks.values():
@@ -135,6 +136,7 @@ def main(args):
     groups = adapters.parameter_groups(networks, optimizers.learning_rates(args, global_batch), rates)
     optimizer = optimizers.from_groups(args, groups, device.type)
     lr_schedule = optimizers.make_lr_schedule(args, optimizer, steps)
+    everything = torch.nn.ModuleList(networks.values())
     *wrapped, optimizer = accelerator.prepare(*networks.values(), optimizer)
     if args.train_text_encoder:
         encoders.call_wrapped(dict(zip(networks, wrapped, strict=True)))
@@ -156,22 +158,27 @@ def main(args):
     def show_and_save(step):
         """Validation images, evaluation loss and an adapter ready to use, where they fall due after this step."""
         if held_out and (step == steps or plan.due(order, step, args.eval_steps_interval, None)):
-            evaluation.run(lambda batch: training_loss(unet, batch, schedule, even_cdf, args), held_out, args.num_eval_images,
-                           args.eval_timesteps, [*networks.values()], average, step, output, trackers, accelerator, on_device)
+            with optimizers.evaluated(optimizer):
+                evaluation.run(lambda batch: training_loss(unet, batch, schedule, even_cdf, args), held_out, args.num_eval_images,
+                               args.eval_timesteps, [*networks.values()], average, step, output, trackers, accelerator, on_device)
         if args.validation_prompt and (step == steps or plan.due(order, step, args.validation_steps, args.validation_epochs)):
             pipeline = sdxl_output.make_pipeline(base, unet, encoders.vae, schedule)
             shown = encoders.shown(args, prompts, sdxl_output.guides_from_encoded(args, base))
-            validation.run(args, seed, pipeline, shown, unet, average, step, output, trackers, accelerator)
+            with optimizers.evaluated(optimizer):
+                validation.run(args, seed, pipeline, shown, unet, average, step, output, trackers, accelerator)
         for name in plan.model_names(args, order, step) if step < steps else ():
-            sdxl_adapter.save(output, name, args, networks, settings, average)
+            with optimizers.evaluated(optimizer):
+                sdxl_adapter.save(output, name, args, networks, settings, average, formats)
 
     if found:    # the run may have been stopped between the checkpoint and this
-        with log.paused(), optimizers.evaluated(optimizer):
+        with log.paused():
             show_and_save(state.step)
     for batch in log.waiting(batches.batches(state.step, steps)):
+        if accelerator.sync_gradients:    # an optimizer step begins
+            running.seed_dropout(seed, state.step)
         with accelerator.accumulate(*wrapped):
             batch = on_device(batch)
-            with offload.activations(args.offload_activations, unet, device.type):
+            with offload.activations(args.offload_activations, everything, device.type):
                 loss = training_loss(wrapped[0], batch, schedule, timestep_cdf, args)
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
@@ -195,8 +202,7 @@ def main(args):
                 state.save(output, facts, vars(args), args.checkpoints_total_limit)
             if stopping:
                 break
-            with optimizers.evaluated(optimizer):
-                show_and_save(state.step)
+            show_and_save(state.step)
     log.close()
     latents.close()
     prompts.close()
@@ -204,7 +210,7 @@ def main(args):
         return running.say(f"stopped after step {state.step} of {steps}; --resume_from_checkpoint latest goes on from there")
 
     with optimizers.evaluated(optimizer):
-        written = sdxl_adapter.save(output, args.output_name, args, networks, settings, average)
+        written = sdxl_adapter.save(output, args.output_name, args, networks, settings, average, formats)
     if accelerator.is_main_process:
         written += [report.write_loss_curve(output), report.write_report(
             output, title=output.resolve().name, command=running.command(), versions=running.versions(device),

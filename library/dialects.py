@@ -46,6 +46,7 @@ RENAMED = {
     "optimizer_config": "optimizer_args",
     "optimizer_beta1": "adam_beta1",
     "optimizer_beta2": "adam_beta2",
+    "peft_lora_target_modules": "lora_targets",
 }
 
 # A switch of theirs -> a flag of ours with a value.
@@ -53,6 +54,7 @@ REPLACED = {
     "v_parameterization": ("prediction_type", "v_prediction"),
     "no_half_vae": ("vae_dtype", "fp32"),
     "use_safetensors": ("save_model_as", "safetensors"),
+    "output_kohya_format": ("lora_format", "both"),    # diffusers' DreamBooth
 }
 
 # Spellings of values, by our flag.
@@ -73,6 +75,9 @@ VALUES = {
     "vae_dtype": {"float": "fp32", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"},
     "image_interpolation_mode": {"linear": "bilinear", "cubic": "bicubic", "area": "box"},
     "mixed_precision": {"none": "no"},
+    "lora_type": {"standard": "lora"},
+    "lora_init_type": {"default": "kaiming"},
+    "lora_format": {"comfyui": "kohya"},
 }
 
 # SimpleTuner has one program for all models: what it calls a family and a type is a script here.
@@ -83,6 +88,7 @@ FLAVOURS = {"sdxl": {"base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
             "sd3": {"medium": "stabilityai/stable-diffusion-3.5-medium", "large": "stabilityai/stable-diffusion-3.5-large"}}
 ATTENTION = {"xformers": ["--enable_xformers_memory_efficient_attention"], "diffusers": []}    # the latter is what torch has
 _OF_SIMPLETUNER = ("model_family", "model_type", "model_flavour", "attention_mechanism")
+_OF_KOHYAS_NETWORKS = ("network_train_unet_only", "network_train_text_encoder_only", "dim_from_weights", "text_encoder_lr")
 
 
 class DialectError(ValueError):
@@ -91,14 +97,14 @@ class DialectError(ValueError):
 
 def names() -> list[str]:
     """Every foreign flag, with its dashes."""
-    return [f"--{name}" for name in (*RENAMED, *REPLACED, *_OF_SIMPLETUNER)]
+    return [f"--{name}" for name in (*RENAMED, *REPLACED, *_OF_SIMPLETUNER, *_OF_KOHYAS_NETWORKS)]
 
 
-def translate(argv: list[str], script: str | None = None) -> list[str]:
+def translate(argv: list[str], script: str | None = None, adapters: bool = False) -> list[str]:
     """A command line in any of the dialects -> the same in our flags.
 
     A `--config_file` is read and put before the command line, which therefore overrides it.
-    script: the name of the script that is to understand it; None: of the one that runs.
+    script: the name of the script that is to understand it; None: of the one that runs. adapters: whether it trains them.
     Raises `DialectError`.
     """
     for index, token in enumerate(argv):
@@ -109,9 +115,12 @@ def translate(argv: list[str], script: str | None = None) -> list[str]:
             argv = read_config(Path(value if equals else argv[index + 1])) + list(argv)
             break
 
-    translated, model = [], {}
-    for name, equals, values in _without_zeros(_groups(argv)):
+    groups = _without_zeros(_groups(argv))
+    translated, model = _of_networks(groups) if adapters else [], {}
+    for name, equals, values in groups:
         flag = RENAMED.get(name, name)
+        if name in _OF_KOHYAS_NETWORKS and adapters:
+            continue
         if name in _OF_SIMPLETUNER:
             if len(values) != 1:
                 raise DialectError(f"--{name} takes one value, not {len(values)}")
@@ -152,10 +161,32 @@ def _without_zeros(groups: list[tuple[str, bool, list[str]]]) -> list[tuple[str,
     return groups
 
 
+def _of_networks(groups: list[tuple[str, bool, list[str]]]) -> list[str]:
+    """kohya trains adapters of the text encoders, too, unless told not to, or unless their outputs are cached.
+
+    --text_encoder_lr (kohya's and diffusers') is one rate for both, or two. --dim_from_weights is what is done anyway.
+    """
+    given = {name: values for name, _, values in groups}    # the last one counts
+    on = {name for name, values in given.items() if (values or ["true"])[-1].lower() not in ("false", "0", "no", "off")}
+    rates = given.get("text_encoder_lr", [])
+    if "text_encoder_lr" in given and len(rates) not in (1, 2):
+        raise DialectError(f"--text_encoder_lr takes one rate for both text encoders, or two, not {len(rates)}")
+    flags = [f"--learning_rate_te{place}={rate}" for place, rate in zip((1, 2), (rates * 2)[:2], strict=bool(rates))]
+    if "network_train_text_encoder_only" in on:
+        flags.append("--unet_lr=0")
+    cached = on & {"cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"}
+    by_default = "network_module" in on and not cached and not on & {"network_train_unet_only", "cache_only"}
+    if "train_text_encoder" not in given and ("network_train_text_encoder_only" in on or by_default):
+        flags.append("--train_text_encoder")
+    return flags
+
+
 def _split(flag: str, value: str) -> list[str]:
     """SimpleTuner's lists in one word: sizes, 1024x1024,1280x768 (1024,768 is one: width and height), and keywords, a=1,b=2."""
     if flag == "optimizer_args":
         return re.split(r",\s*(?=\w+\s*=)", value)
+    if flag == "lora_targets" and value.startswith("["):
+        return re.findall(r"[\w.]+", value)
     return value.split(",") if flag == "validation_resolution" and "x" in value.lower() else [value]
 
 

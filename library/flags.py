@@ -11,7 +11,7 @@ import math
 import os
 import sys
 
-from library.flags_adapter import faults_of_dreambooth
+from library.flags_adapter import faults_of_adapter, idle_adapter_flags
 from library.flags_data import add_cache_flags, add_data_flags, faults_of_data, idle_data_flags  # noqa: F401
 from library.parser import COUNT, FRACTION, NOT_NEGATIVE, Parser, number, size, switch
 
@@ -198,7 +198,7 @@ def add_validation_flags(parser: Parser) -> None:
 
 def check(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, all of them in one sentence."""
-    faults = faults_of_data(args) + (faults_of_dreambooth(args) if hasattr(args, "instance_data_dir") else [])
+    faults = faults_of_data(args) + (faults_of_adapter(args) if hasattr(args, "lora_type") else [])
     if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw_8bit"):
         faults.append(f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other")
     if args.use_ema and args.optimizer.endswith("schedulefree"):
@@ -229,7 +229,7 @@ def without_effect(parser: Parser, args: argparse.Namespace) -> list[str]:
     shown = ("validation_negative_prompt", "num_validation_images", "validation_epochs", "validation_steps",
              "validation_resolution", "validation_num_inference_steps", "validation_guidance", "validation_seed")
     needs = [    # (flags, whether they are used, why not)
-        *idle_data_flags(args),
+        *idle_data_flags(args), *(idle_adapter_flags(args) if hasattr(args, "lora_type") else []),
         (("ema_decay",), args.use_ema, "without --use_ema"),
         (shown, args.validation_prompt, "without --validation_prompt"),
         (("hub_model_id", "hub_token"), args.push_to_hub, "without --push_to_hub"),

@@ -2,10 +2,25 @@
 
 import argparse
 
-from library.parser import COUNT, Parser, number, switch
+from library.parser import COUNT, NOT_NEGATIVE, Parser, number, switch
 
 PRECISIONS = ("no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "int8-torchao", "fp8-torchao", "nf4-bnb")
 _BELOW_ONE = number(float, low=0, high=0.99)
+_ABOVE_ZERO = number(float, above=0)
+# what --network_module, --lycoris_config and an adapter that exists say themselves
+_OF_A_NEW_ONE = ("lora_targets", "conv_rank", "conv_alpha", "lokr_factor", "rank_pattern", "alpha_pattern", "use_dora",
+                 "use_rslora", "lora_init_type")
+_BLOCK_RATES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
+
+
+def pair(kind):
+    """A type for argparse: `mid_block=4` -> ("mid_block", 4), the value as `kind` reads it."""
+    def parse(text: str):
+        name, equals, value = text.rpartition("=")
+        if not equals or not name:
+            raise argparse.ArgumentTypeError(f"{text!r} is not like mid_block=4")
+        return name, kind(value)
+    return parse
 
 
 def add_adapter_flags(parser: Parser) -> None:
@@ -14,8 +29,8 @@ def add_adapter_flags(parser: Parser) -> None:
     add("--lora_type", default="lora", choices=("lora", "loha", "lokr", "oft", "lycoris"), metavar="KIND",
         help="lora, loha, lokr, oft; or lycoris, as --lycoris_config says")
     add("--rank", "--network_dim", "--lora_rank", type=COUNT, metavar="N",
-        help="rank of the adapter's matrices (default: 16; with --network_module 4)")
-    add("--lora_alpha", "--network_alpha", type=number(float, above=0), metavar="A",
+        help="rank of the adapter's matrices; of oft the size of its blocks (default: 16; with --network_module 4)")
+    add("--lora_alpha", "--network_alpha", type=_ABOVE_ZERO, metavar="A",
         help="the adapter counts alpha / rank times (default: the rank; with --network_module 1)")
     add("--lora_targets", nargs="+", default=["attention"], metavar="NAME",
         help="modules that get one: attention, attention-ff, kohya, convolutions, all-linear, or names of modules")
@@ -23,22 +38,33 @@ def add_adapter_flags(parser: Parser) -> None:
     add("--rank_dropout", type=_BELOW_ONE, default=0.0, metavar="P", help="dropout of whole ranks")
     add("--module_dropout", type=_BELOW_ONE, default=0.0, metavar="P", help="dropout of whole modules' adapters")
     add("--conv_rank", type=COUNT, metavar="N", help="rank in 3x3 convolutions, which then have one, too")
-    add("--conv_alpha", type=number(float, above=0), metavar="A", help="alpha there (default: --conv_rank)")
+    add("--conv_alpha", type=_ABOVE_ZERO, metavar="A", help="alpha there (default: --conv_rank)")
+    add("--rank_pattern", nargs="+", default=[], type=pair(number(int, low=0)), metavar="NAME=N",
+        help="other ranks by part of a module's name, such as mid_block=4 attn2=32; 0 leaves it out")
+    add("--alpha_pattern", nargs="+", default=[], type=pair(_ABOVE_ZERO), metavar="NAME=A", help="other alphas likewise")
+    add("--lokr_factor", type=COUNT, metavar="N", help="size of LoKr's first matrix (default: near the square root)")
     switch(group, "use_dora", "DoRA: train the size of each output beside its direction")
     switch(group, "use_rslora", "rsLoRA: scale by alpha / sqrt(rank)")
     add("--lora_init_type", default="kaiming", choices=("kaiming", "gaussian", "pissa", "olora"), metavar="WAY",
         help="initial values: kaiming, gaussian, pissa, olora")
+    add("--init_lora", "--network_weights", metavar="FILE",
+        help="start from this adapter, in any format; kind, places, ranks and alphas are its own")
     add("--lycoris_config", default="config/lycoris_config.json", metavar="FILE", help="of --lora_type lycoris")
     add("--network_module", metavar="NAME", help="kohya: networks.lora or lycoris.kohya")
-    add("--network_args", nargs="+", default=[], metavar="KEY=VALUE", help="kohya: conv_dim, block_dims, algo, ...")
-    add("--loraplus_lr_ratio", type=number(float, above=0), metavar="R", help="LoRA+: the up matrices learn R times as fast")
-    add("--lora_format", default="diffusers", choices=("diffusers", "kohya", "both"),
-        help="of the file that is written: diffusers, kohya (ComfyUI, A1111, Forge), or both")
+    add("--network_args", nargs="+", default=[], metavar="KEY=VALUE", help="kohya: conv_dim, block_dims, algo and so on")
+    add("--unet_lr", type=NOT_NEGATIVE, metavar="LR", help="rate of the UNet's adapter (default: --learning_rate; 0 freezes it)")
+    add("--loraplus_lr_ratio", type=_ABOVE_ZERO, metavar="R", help="LoRA+: the up matrices learn R times as fast")
+    add("--down_lr_weight", metavar="RATES",
+        help="factors of the rate in SDXL's 9 down blocks: 1,1,0.5 and so on, or cosine, sine, linear, reverse_linear, zeros")
+    add("--mid_lr_weight", metavar="RATES", help="of its 3 middle blocks: three numbers")
+    add("--up_lr_weight", metavar="RATES", help="of its 9 up blocks, as the first")
+    add("--lora_format", choices=("diffusers", "kohya", "both"),
+        help="of the file: diffusers, kohya (ComfyUI, A1111, Forge), or both (default: diffusers; kohya for kinds that it alone "
+             "holds, with --network_module and with --save_model_as safetensors)")
     add("--base_model_precision", default="no_change", choices=PRECISIONS, metavar="KIND", help="of the frozen base: "
         + ", ".join(PRECISIONS))
-    for place in (1, 2):
-        add(f"--text_encoder_{place}_precision", default="no_change", choices=PRECISIONS, metavar="KIND",
-            help=f"of frozen text encoder {place}")
+    add("--text_encoder_1_precision", default="no_change", choices=PRECISIONS, metavar="KIND", help="of frozen text encoder 1")
+    add("--text_encoder_2_precision", default="no_change", choices=PRECISIONS, metavar="KIND", help="of frozen text encoder 2")
     switch(group, "offload_activations", "keep activations in main memory between forward and backward")
 
 
@@ -53,13 +79,42 @@ def add_dreambooth_flags(parser: Parser) -> None:
     add("--num_class_images", type=COUNT, default=100, metavar="N", help="images of the class that there are to be")
 
 
-def faults_of_dreambooth(args: argparse.Namespace) -> list[str]:
-    """Contradictions among the DreamBooth flags, a sentence each."""
+def faults_of_adapter(args: argparse.Namespace) -> list[str]:
+    """Contradictions among the flags of an adapter and of DreamBooth, a sentence each."""
     faults = []
+    if args.save_model_as == "ckpt":
+        faults.append("--save_model_as ckpt: adapters are written as .safetensors alone")
+    if args.network_args and not args.network_module:
+        faults.append("--network_args needs --network_module (networks.lora or lycoris.kohya)")
+    if args.use_dora and args.lora_type != "lora":
+        faults.append(f"--use_dora goes with --lora_type lora, not {args.lora_type}")
+    if args.lora_type == "lycoris" and args.network_module:
+        faults.append("--lora_type lycoris and --network_module exclude each other: for the second, --network_args say it")
+    if args.network_module and (args.loraplus_lr_ratio or any(getattr(args, name) for name in _BLOCK_RATES)):
+        faults.append("with --network_module, rates go into --network_args: loraplus_lr_ratio=4 down_lr_weight=...")
     if args.instance_data_dir and not args.instance_prompt:
         faults.append("--instance_data_dir needs --instance_prompt")
+    if args.instance_prompt and not (args.instance_data_dir or args.dataset_name):
+        faults.append("--instance_prompt needs --instance_data_dir (or --dataset_name)")
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
         faults.append("--with_prior_preservation needs --class_data_dir and --class_prompt")
+    if args.with_prior_preservation and not args.instance_prompt:
+        faults.append("--with_prior_preservation needs --instance_prompt")
     if (args.class_data_dir or args.class_prompt) and not args.with_prior_preservation:
         faults.append("--class_data_dir and --class_prompt need --with_prior_preservation")
     return faults
+
+
+def idle_adapter_flags(args: argparse.Namespace) -> list[tuple[tuple[str, ...], bool, str]]:
+    """(flags, whether they are used, why not): what would change nothing, for want of another flag or because of one."""
+    kohya, lycoris, exists = args.network_module is not None, args.lora_type == "lycoris", args.init_lora is not None
+    return [
+        (("num_class_images",), args.with_prior_preservation, "without --with_prior_preservation"),
+        (("lycoris_config",), lycoris and not exists, "without --lora_type lycoris"),
+        (_OF_A_NEW_ONE, not kohya or exists, "with --network_module, whose --network_args say it"),
+        ((*_OF_A_NEW_ONE, "rank", "lora_alpha", "lora_dropout", "rank_dropout", "module_dropout"), not lycoris or exists,
+         "with --lora_type lycoris, whose --lycoris_config says it"),
+        ((*_OF_A_NEW_ONE, "lora_type", "rank", "lora_alpha"), not exists, "with --init_lora, whose file says it"),
+        (("conv_alpha",), args.conv_rank is not None, "without --conv_rank"),
+        (("lokr_factor",), args.lora_type == "lokr", "without --lora_type lokr"),
+    ]

@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None, namespace=None):
         argv = sys.argv[1:] if argv is None else list(argv)
         try:
-            argv = dialects.translate(argv)
+            argv = dialects.translate(argv, adapters="--network_module" in self._option_string_actions)
         except dialects.DialectError as error:
             self.error(str(error))
         for token in argv:    # before what is missing: a misspelt flag often is the missing one

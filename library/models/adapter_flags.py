@@ -1,43 +1,91 @@
 """The flags of an adapter, in whichever trainer's terms -> its settings and rates."""
 
 import json
+from dataclasses import replace
 
 from library.errors import UserError
-from library.models.adapter_files import check_format
-from library.models.adapter_settings import Rates, Settings, check, from_kohya
+from library.models import adapter_files, adapters, quantize
+from library.models.adapter_files import Adapter
+from library.models.adapter_settings import Rates, Settings, block_rates, check, from_kohya
 
 PRESETS = ("attention", "attention-ff", "kohya", "convolutions", "all-linear")
 
 
-def settings_of(args, unet_config) -> tuple[Settings, Rates]:
-    """--network_module and its arguments, or else --lora_type, --rank and the like.
+def adapter_of(args, unet) -> tuple[Adapter | None, Settings, Rates, tuple[str, ...]]:
+    """The adapter to start from, or None; settings, rates, and the formats of the files. Raises `UserError` for any of them.
 
-    Raises `UserError`, also for a kind of adapter that the format of the file cannot hold.
+    unet: one that is not used further, on the meta device: what does not fit it is told before anything is loaded.
     """
-    settings, rates = _settings_of(args, unet_config)
-    check(settings)
-    check_format(settings.kind, args.lora_format)
-    return settings, rates
+    start, (settings, rates) = start_of(args, unet.config), settings_of(args, unet.config)
+    formats = formats_of(args, start.kind if start else settings.kind)
+    if settings.kind == "lycoris" and not start:
+        adapters.add(unet, [], settings)
+    elif not start:
+        adapters.targets(unet, settings)
+    return start, settings, rates, formats
 
 
-def _settings_of(args, unet_config) -> tuple[Settings, Rates]:
+def precisions_of(args, device: str) -> list[str]:
+    """Precisions of the UNet and of both text encoders. Raises `UserError` for what cannot run on this kind of device."""
+    flags = ("base_model_precision", "text_encoder_1_precision", "text_encoder_2_precision")
+    for flag in flags:
+        quantize.check(getattr(args, flag), device, f"--{flag}")
+    return [getattr(args, flag) for flag in flags]
+
+
+def settings_of(args, unet_config) -> tuple[Settings, Rates]:
+    """What --network_module and its arguments say, or else --lora_type, --rank and the like. Raises `UserError`."""
     if args.network_module:
         settings, rates = from_kohya(args.network_module, args.rank, args.lora_alpha, _pairs(args.network_args),
                                      args.lora_dropout or None, unet_config)
-        return settings, rates
-    if args.network_args:
-        raise UserError("--network_args needs --network_module (networks.lora or lycoris.kohya)")
-    ratio = args.loraplus_lr_ratio or 1.0
-    rates = Rates(ratio, ratio)
+        for name in ("rank_dropout", "module_dropout"):
+            if getattr(args, name) and getattr(settings, name):
+                raise UserError(f"--{name} and --network_args {name}={getattr(settings, name)} are the same: give one of them")
+        settings = replace(settings, **{name: getattr(settings, name) or getattr(args, name)
+                                        for name in ("rank_dropout", "module_dropout")})
+    else:
+        settings, ratio = _settings_of(args), args.loraplus_lr_ratio or 1.0
+        blocks = block_rates(args.down_lr_weight, args.mid_lr_weight, args.up_lr_weight, unet_config=unet_config)
+        rates = Rates(ratio, ratio, blocks)
+    check(settings)
+    return settings, rates
+
+
+def _settings_of(args) -> Settings:
+    if args.init_lora:    # what it holds stands in for these
+        return Settings(dropout=args.lora_dropout, rank_dropout=args.rank_dropout, module_dropout=args.module_dropout)
     if args.lora_type == "lycoris":
-        return Settings("lycoris", rank=args.rank or 16, lycoris_config=_read(args.lycoris_config)), rates
-    if args.use_dora and args.lora_type != "lora":
-        raise UserError(f"--use_dora goes with --lora_type lora, not {args.lora_type}")
+        return Settings("lycoris", rank=args.rank or 16, lycoris_config=_read(args.lycoris_config))
     named = args.lora_targets
     targets = named[0] if len(named) == 1 and named[0] in PRESETS else tuple(named)
     return Settings("dora" if args.use_dora else args.lora_type, args.rank or 16, args.lora_alpha, targets, args.lora_dropout,
-                    args.rank_dropout, args.module_dropout, args.use_rslora, args.lora_init_type, args.conv_rank,
-                    args.conv_alpha), rates
+                    args.rank_dropout, args.module_dropout, args.use_rslora, args.lora_init_type, args.conv_rank, args.conv_alpha,
+                    dict(args.rank_pattern), dict(args.alpha_pattern), args.lokr_factor or -1)
+
+
+def formats_of(args, kind: str) -> tuple[str, ...]:
+    """What --lora_format, or what else is given, means for this kind of adapter: diffusers, kohya or both. Raises `UserError`."""
+    wanted = args.lora_format
+    if wanted is None:
+        for_kohya = args.network_module or args.save_model_as == "safetensors" or kind not in ("lora", "dora")
+        wanted = "kohya" if for_kohya else "diffusers"
+    formats = ("diffusers", "kohya") if wanted == "both" else (wanted,)
+    for each in formats:
+        adapter_files.check_format(kind, each)
+    return formats
+
+
+def start_of(args, unet_config) -> Adapter | None:
+    """The adapter of --init_lora. Raises `UserError`, also where the flags say that its text encoders are not trained."""
+    if not args.init_lora:
+        return None
+    adapter = adapter_files.read(args.init_lora, unet_config)
+    for part, number in (("text_encoder", 1), ("text_encoder_2", 2)):
+        rate = (args.learning_rate_te1, args.learning_rate_te2)[number - 1]
+        if adapter.part(part) and not (args.train_text_encoder and rate != 0):
+            raise UserError(f"--init_lora {args.init_lora} also changes text encoder {number}, which this run leaves as it is: "
+                            "give --train_text_encoder, or a file of the UNet alone")
+    return adapter
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:

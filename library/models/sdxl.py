@@ -137,15 +137,18 @@ def vae_config(base: Base) -> dict:
         raise UserError(f"cannot read the VAE's config in {folder}: {error}") from error
 
 
-def unet_config(base: Base) -> dict:
-    """The UNet's config, without loading it. Raises `UserError`."""
-    if base.path.is_file():
-        from library.models.adapter_settings import SDXL_UNET
-        return SDXL_UNET    # one file has no config: its shape is SDXL's
-    try:
-        return json.loads((base.path / "unet" / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the UNet's config in {base.path / 'unet'}: {error}") from error
+def empty_unet(base: Base):
+    """The UNet without its weights (on the meta device), for what must fit it. Raises `UserError`."""
+    folder = (base.configs if base.path.is_file() else base.path) / "unet"
+    if base.path.is_file() and not folder.exists():
+        from library.models.adapter_settings import SDXL_UNET as config
+    else:
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the UNet's config in {folder}: {error}") from error
+    with torch.device("meta"):
+        return _class_of("unet").from_config(config)
 
 
 def tokenize(prompts: list[str], tokenizers: list, length: int) -> dict[str, torch.Tensor]:
@@ -209,7 +212,7 @@ def trainable_text_encoders(args, encoders) -> dict:
     return trained
 
 
-def frozen_text_encoders(args, encoders) -> dict:
+def adapted_text_encoders(args, encoders) -> dict:
     """The text encoders that get an adapter: those that are to be trained, and whose rate is not 0."""
     rates = {"text_encoder": args.learning_rate_te1, "text_encoder_2": args.learning_rate_te2}
     if not args.train_text_encoder:

@@ -8,7 +8,7 @@ import torch
 from library.data import images
 from library.data.cache import make_key
 from library.data.loader import PromptSource
-from library.models import sdxl
+from library.models import quantize, sdxl
 from library.models.locate import fingerprint
 from library.training import devices
 
@@ -27,15 +27,18 @@ class Prompt:
 class Encoders:
     """VAE, tokenizers and text encoders of a base model, each loaded when first asked for.
 
-    checkpoint: where text encoders that are trained come from, if a run goes on.
+    checkpoint: where text encoders that are trained come from, if a run goes on. precisions: of frozen text encoders, as
+    `quantize` has them; what is trained there is an adapter then. None: they may be trained as a whole.
     """
 
-    def __init__(self, args, base: sdxl.Base, accelerator, checkpoint: Path | None = None):
+    def __init__(self, args, base: sdxl.Base, accelerator, checkpoint: Path | None = None,
+                 precisions: tuple[str, str] | list[str] | None = None):
         self.base, self.device, self.length = base, accelerator.device, args.max_token_length
         self.trained = args.train_text_encoder
         self.vae_dtype = sdxl.DTYPES[args.vae_dtype]
-        # what is trained stays float32
-        self.text_dtype = torch.float32 if self.trained else sdxl.DTYPES[accelerator.mixed_precision]
+        whole = self.trained and precisions is None    # what is trained stays float32
+        self.text_dtype = torch.float32 if whole else sdxl.DTYPES[accelerator.mixed_precision]
+        self.precisions = tuple(precisions or ("no_change", "no_change"))
         self.truncated: set[str] = set()    # prompts longer than `length`
         self._vae, self._tokenizers, self._text_encoders, self._checkpoint = None, None, None, checkpoint
         self._called = None    # the text encoders as the training step calls them
@@ -57,6 +60,8 @@ class Encoders:
     def text_encoders(self) -> list:
         if self._text_encoders is None:
             loaded = sdxl.load_text_encoders(self.base, self.text_dtype, self._checkpoint if self.trained else None)
+            for encoder, precision in zip(loaded, self.precisions, strict=True):
+                quantize.apply(encoder, precision, self.device)
             self._text_encoders = [encoder.to(self.device) for encoder in loaded]
         return self._text_encoders
 
@@ -80,7 +85,8 @@ class Encoders:
     def prompt_recipe(self, memo: Path) -> str:
         """What, beside the prompt, decides its embeddings."""
         files = fingerprint(self.base.files("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), memo)
-        return make_key(FORMAT, files, self.base.variant, self.text_dtype, self.length).decode()
+        quantised = [self.precisions] if set(self.precisions) != {"no_change"} else []
+        return make_key(FORMAT, files, self.base.variant, self.text_dtype, self.length, *quantised).decode()
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:

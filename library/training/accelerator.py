@@ -10,6 +10,7 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -73,6 +74,12 @@ def choose_seed(given: int | None) -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(seed)
     return seed[0]
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """Fix what dropout draws in this optimizer step: a function of (seed, step, process), so that a restart draws it again."""
+    words = np.random.SeedSequence([seed, step, processes.rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0]) >> 1)    # of every device
 
 
 def public(args) -> dict:

@@ -111,7 +111,8 @@ def test_simpletuners_regularisation_sets_keep_what_the_base_says(train_lora, tm
 
 @pytest.mark.parametrize("flags, words", [
     (("--rank", 0), ["--rank"]), (("--lora_alpha", 0), ["--lora_alpha"]), (("--lora_targets", "to_qq"), ["to_qq", "to_q"]),
-    (("--lora_type", "loha"), ["--lora_format kohya"]), (("--network_args", "conv_dim=2"), ["--network_module"]),
+    (("--lora_type", "loha", "--lora_format", "diffusers"), ["--lora_format kohya"]),
+    (("--network_args", "conv_dim=2"), ["--network_module"]),
     (("--instance_data_dir", "x"), ["--instance_prompt"]), (("--with_prior_preservation",), ["--class_data_dir"])])
 def test_what_cannot_be_is_refused(tiny_model, tiny_images, tmp_path, flags, words):
     done = subprocess.run([sys.executable, "train_lora_sdxl.py", "--pretrained_model_name_or_path", tiny_model, "--resolution",

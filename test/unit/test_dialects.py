@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train_lora_sdxl
 import train_sdxl
 from library import dialects
 
@@ -15,6 +16,10 @@ NEEDED = ["--pretrained_model_name_or_path=model", "--train_data_dir=images"]
 
 def parse(*argv):
     return train_sdxl.parse_args([*NEEDED, *argv])
+
+
+def parse_lora(*argv):
+    return train_lora_sdxl.parse_args([*NEEDED, *argv])
 
 
 def refused(capsys, *argv) -> str:
@@ -53,6 +58,13 @@ ALIASES = [
 SWITCHES = {"flip_aug": "random_flip", "cache_latents_to_disk": "cache_latents", "xformers":
             "enable_xformers_memory_efficient_attention", "cache_text_encoder_outputs_to_disk": "cache_text_encoder_outputs",
             "use_gradient_checkpointing": "gradient_checkpointing", "rescale_betas_zero_snr": "zero_terminal_snr"}
+OF_ADAPTERS = [
+    ("network_dim", "8", "rank", 8), ("lora_rank", "8", "rank", 8), ("network_alpha", "0.5", "lora_alpha", 0.5),
+    ("network_dropout", "0.1", "lora_dropout", 0.1), ("network_weights", "a", "init_lora", "a"),
+    ("lora_type", "standard", "lora_type", "lora"), ("lora_init_type", "default", "lora_init_type", "kaiming"),
+    ("lora_format", "comfyui", "lora_format", "kohya"), ("output_kohya_format", None, "lora_format", "both"),
+    ("peft_lora_target_modules", '["to_k", "to_out.0"]', "lora_targets", ["to_k", "to_out.0"]),
+    ("dim_from_weights", None, "rank", None)]
 IMPLIED = [("v_parameterization", "prediction_type", "v_prediction"), ("no_half_vae", "vae_dtype", "fp32"),
            ("use_safetensors", "save_model_as", "safetensors")]
 
@@ -61,6 +73,35 @@ IMPLIED = [("v_parameterization", "prediction_type", "v_prediction"), ("no_half_
 def test_foreign_names_and_spellings(alias, typed, name, value):
     for argv in ([f"--{alias}={typed}"], [f"--{alias}", typed]):
         assert getattr(parse(*argv), name) == value
+
+
+@pytest.mark.parametrize("alias, typed, name, value", OF_ADAPTERS)
+def test_foreign_names_of_adapters(alias, typed, name, value):
+    assert getattr(parse_lora(f"--{alias}", *([typed] if typed else [])), name) == value
+
+
+@pytest.mark.parametrize("argv, trained, te1, te2, unet", [
+    (["--network_module=networks.lora"], True, None, None, None),    # kohya trains text encoders, too
+    (["--network_module=networks.lora", "--network_train_unet_only"], False, None, None, None),
+    (["--network_module=networks.lora", "--network_train_unet_only=false"], True, None, None, None),
+    (["--network_module=networks.lora", "--cache_text_encoder_outputs_to_disk"], False, None, None, None),
+    (["--network_module=networks.lora", "--train_text_encoder=false"], False, None, None, None),
+    (["--network_module=networks.lora", "--text_encoder_lr=1e-5"], True, 1e-5, 1e-5, None),
+    (["--network_module=networks.lora", "--text_encoder_lr", "1e-5", "2e-5", "--unet_lr=3e-5"], True, 1e-5, 2e-5, 3e-5),
+    (["--network_module=networks.lora", "--network_train_text_encoder_only"], True, None, None, 0),
+    (["--train_text_encoder", "--text_encoder_lr", "1e-5"], True, 1e-5, 1e-5, None)])    # diffusers
+def test_what_of_a_network_is_trained(argv, trained, te1, te2, unet):
+    args = parse_lora(*argv)
+    assert (args.train_text_encoder, args.learning_rate_te1, args.learning_rate_te2, args.unet_lr) == (trained, te1, te2, unet)
+
+
+def test_rates_of_text_encoders_that_are_not_trained_and_of_three(capsys):
+    for argv in (["--text_encoder_lr=1e-5"], ["--text_encoder_lr", "1", "2", "3"]):
+        with pytest.raises(SystemExit):
+            parse_lora(*argv)
+    said = capsys.readouterr().err
+    assert "needs --train_text_encoder" in said and "takes one rate for both text encoders, or two, not 3" in said
+    assert "--network_train_unet_only" in refused(capsys, "--network_train_unet_only")    # not of this script
 
 
 @pytest.mark.parametrize("alias", SWITCHES)
@@ -80,6 +121,8 @@ def test_switches_that_imply_a_value(alias, name, value, tmp_path):
 
 def test_every_foreign_name_is_tried_here():
     tried = {alias for alias, *_ in ALIASES + IMPLIED} | set(SWITCHES) | {"model_family", "model_type", "attention_mechanism"}
+    tried |= {alias for alias, *_ in OF_ADAPTERS} | {"network_train_unet_only", "network_train_text_encoder_only"}
+    tried |= {"text_encoder_lr"}
     assert {name.lstrip("-") for name in dialects.names()} <= tried
 
 
