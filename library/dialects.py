@@ -209,6 +209,19 @@ def _model(given: dict[str, str], script: str) -> list[str]:
     return base + ATTENTION.get(given.get("attention_mechanism"), [])
 
 
+def script_of(config: str | Path) -> str:
+    """The script that a config file is for, by its model_family and model_type; else train_sdxl.py. Leaves where it is none's."""
+    try:
+        given = dict(token[2:].split("=", 1) for token in read_config(Path(config)) if token.startswith("--model_"))
+        wanted = given.get("model_family", "sdxl"), given.get("model_type", "full")
+        if wanted not in SCRIPTS:
+            raise DialectError(f"{config}: model_family {wanted[0]} with model_type {wanted[1]} is not trained here; there are "
+                               + ", ".join(f"{family} {kind}" for family, kind in SCRIPTS))
+    except DialectError as error:
+        sys.exit(f"train.sh: error: {error}")
+    return SCRIPTS[wanted]
+
+
 def _value(flag: str, value: str) -> str:
     if flag == "optimizer":    # kohya writes AdamW, AdaFactor
         value = value.lower()

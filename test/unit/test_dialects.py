@@ -256,6 +256,27 @@ def test_the_example_is_understood(tmp_path):
     assert len(args.validation_resolution) == 2 and args.proportion_empty_prompts == 0.1
 
 
+def test_the_example_of_an_adapter_is_understood(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text((Path(__file__).parents[2] / "config/config_lora.json.example").read_text())
+    args = train_lora_sdxl.parse_args([f"--config_file={path}"])
+    assert (args.lora_type, args.rank, args.lora_format, args.use_dora) == ("lora", 16, "both", False)
+    assert dialects.script_of(path) == "train_lora_sdxl.py"
+
+
+@pytest.mark.parametrize("content, script", [
+    ({}, "train_sdxl.py"), ({"model_type": "full"}, "train_sdxl.py"), ({"--model_family": "sd3", "model_type": "lora"},
+    "train_lora_sd3.py"), ({"model_family": "flux"}, None)])
+def test_a_config_file_names_its_script(tmp_path, content, script):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    if script:
+        assert dialects.script_of(path) == script
+        return
+    with pytest.raises(SystemExit, match="model_family flux with model_type full is not trained here"):
+        dialects.script_of(path)
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--model_family=sd3"], ["--model_family sd3", "train_sd3.py"]), (["--model_family", "flux"], ["'flux'", "sdxl and sd3"]),
     (["--model_type=LoRA"], ["'LoRA'", "full and lora"]), (["--model_flavour=large"], ["'large'"]),

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,18 @@ def test_a_second_start_reuses_what_is_there(checkout):
     assert second.returncode == 0 and "Installing" not in second.stdout
     (checkout / "requirements.txt").write_text("# changed\n")
     assert "Installing" in start(checkout, NEED_GB="0").stdout
+
+
+@pytest.mark.parametrize("content, script", [('{"seed": 1}', "train_sdxl.py"), ('{"model_type": "lora"}', "train_lora_sdxl.py")])
+def test_train_sh_runs_the_script_of_the_config(tmp_path, content, script):
+    shutil.copy(ROOT / "train.sh", tmp_path)
+    (tmp_path / "library").symlink_to(ROOT / "library")
+    (tmp_path / "setup.sh").write_text("")    # everything is there
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text(content)
+    (tmp_path / "accelerate").write_text("#!/bin/sh\necho accelerate $@\n")
+    (tmp_path / "accelerate").chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run = subprocess.run(["bash", "train.sh", "--seed", "3"], cwd=tmp_path, env=os.environ | {"PATH": path}, text=True,
+                         capture_output=True)
+    assert run.stdout == f"accelerate launch {script} --config_file config/config.json --seed 3\n", run.stderr
