@@ -96,13 +96,13 @@ def main(args):
     # data: every image and caption is looked at; what is encoded once need not be encoded again
     cached = Path(args.embedding_cache_dir or output / "cache")
     encoders = sdxl_encoders.Encoders(args, base, accelerator, precisions=text_precisions)
-    if args.with_prior_preservation and class_images.count(args.class_data_dir) < args.num_class_images:
-        teller = sdxl.load_part(base, "unet", sdxl.DTYPES[accelerator.mixed_precision]).to(device)
+    if args.with_prior_preservation and (missing := class_images.missing(args.class_data_dir, args.num_class_images, seed)):
         prompt, negative = encoders.prompts([args.class_prompt, ""])
-        class_images.fill(args.class_data_dir, args.num_class_images,
-                          sdxl_output.make_pipeline(base, teller, encoders.vae, schedule), prompt, negative,
-                          size=args.resolution, seed=seed, autocast=accelerator.autocast, device=device)
-        del teller
+        encoders.free(vae=False, text=True)
+        unet = sdxl_adapter.frozen_unet(args, base, base_precision, accelerator)
+        pipeline = sdxl_output.make_pipeline(base, unet, encoders.vae, schedule)
+        class_images.draw(args.class_data_dir, missing, pipeline, prompt, negative, args.resolution, seed, accelerator)
+        del unet, pipeline
     data = dataset.load(args, seed, cached / "scan", decode=False)
     for note in notes + data.notes:
         running.say(note)
@@ -116,10 +116,8 @@ def main(args):
     encoders.free(vae=latents.whole and not args.validation_prompt, text=prompts.whole)
 
     # models: the frozen UNet (and text encoders), small or quantised, and the adapter on them in float32
-    unet = sdxl.load_part(base, "unet", sdxl.DTYPES[accelerator.mixed_precision])
-    quantize.apply(unet, base_precision, device)
-    sdxl.set_attention(unet, args.enable_xformers_memory_efficient_attention, args.enable_npu_flash_attention)
-    networks = {"unet": unet.to(device)} | sdxl.adapted_text_encoders(args, encoders)
+    unet = sdxl_adapter.frozen_unet(args, base, base_precision, accelerator)
+    networks = {"unet": unet} | sdxl.adapted_text_encoders(args, encoders)
     text_encoders = [networks.get("text_encoder"), networks.get("text_encoder_2")]
     if start:
         settings = adapter_merge.start_from(start, unet, text_encoders, settings, seed=seed)

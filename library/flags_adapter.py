@@ -61,6 +61,7 @@ def add_adapter_flags(parser: Parser) -> None:
     add("--lora_format", choices=("diffusers", "kohya", "both"),
         help="of the file: diffusers, kohya (ComfyUI, A1111, Forge), or both (default: diffusers; kohya for kinds that it alone "
              "holds, with --network_module and with --save_model_as safetensors)")
+    switch(group, "no_metadata", "leave the run's flags, which name folders and prompts, out of the file's header")
     add("--base_model_precision", default="no_change", choices=PRECISIONS, metavar="KIND", help="of the frozen base: "
         + ", ".join(PRECISIONS))
     add("--text_encoder_1_precision", default="no_change", choices=PRECISIONS, metavar="KIND", help="of frozen text encoder 1")

@@ -1,11 +1,43 @@
-"""What a run of an SDXL adapter writes for use: one small file, in the keys of diffusers or of kohya."""
+"""SDXL as adapters are trained on it, and what such a run writes for use: a small file, in the keys of diffusers or of kohya."""
 
 import contextlib
 from pathlib import Path
 
-from library.models import adapter_files, sdxl
+from library.models import adapter_files, quantize, sdxl
 from library.training import processes
 from library.training.accelerator import public
+
+# kohya's names in the header, which A1111, Forge and model sites show, and the flags that say the same
+_KOHYA = """learning_rate unet_lr lr_scheduler lr_warmup_steps max_train_steps gradient_accumulation_steps gradient_checkpointing
+    mixed_precision seed optimizer max_grad_norm noise_offset zero_terminal_snr enable_bucket min_bucket_reso max_bucket_reso
+    bucket_no_upscale random_crop color_aug shuffle_caption keep_tokens prior_loss_weight max_token_length output_name
+    cache_latents""".split()
+_KOHYA_OTHERS = {"text_encoder_lr": "learning_rate_te1", "batch_size_per_device": "train_batch_size", "num_epochs":
+                 "num_train_epochs", "min_snr_gamma": "snr_gamma", "caption_dropout_rate": "proportion_empty_prompts", "flip_aug":
+                 "random_flip", "network_dropout": "lora_dropout", "sd_model_name": "pretrained_model_name_or_path", "vae_name":
+                 "pretrained_vae_model_name_or_path"}
+
+
+def header(args) -> dict[str, str]:
+    """What an adapter's file tells of its training: our flags by their names, kohya's ss_*, modelspec's; paths by last name."""
+    flags = {flag: value for flag, value in public(args).items() if value not in (None, "", [], False)}
+    told = {flag: str(value) for flag, value in flags.items()}
+    ours = {name: name for name in _KOHYA} | _KOHYA_OTHERS
+    told |= {f"ss_{name}": str(getattr(args, flag)) for name, flag in ours.items()}
+    told |= {f"ss_{name}": Path(value).name for name in ("sd_model_name", "vae_name") if (value := getattr(args, ours[name]))}
+    width, height = args.resolution
+    told |= {"ss_resolution": f"({width}, {height})", "modelspec.resolution": f"{width}x{height}"}
+    if args.instance_prompt:
+        told["modelspec.trigger_phrase"] = args.instance_prompt
+    return told
+
+
+def frozen_unet(args, base: sdxl.Base, precision: str, accelerator):
+    """The base's UNet on the device, as adapters are trained on it: in the run's precision, or quantised. Raises `UserError`."""
+    unet = sdxl.load_part(base, "unet", sdxl.DTYPES[accelerator.mixed_precision])
+    quantize.apply(unet, precision, accelerator.device)
+    sdxl.set_attention(unet, args.enable_xformers_memory_efficient_attention, args.enable_npu_flash_attention)
+    return unet.to(accelerator.device)
 
 
 def save(output: Path, name: str, args, networks: dict, settings, average, formats: tuple[str, ...]) -> list[Path]:
@@ -18,7 +50,7 @@ def save(output: Path, name: str, args, networks: dict, settings, average, forma
         return []
     folder, written = output if name == args.output_name else output / name, []
     dtype = sdxl.DTYPES[args.save_precision] if args.save_precision else None
-    metadata = {flag: str(value) for flag, value in public(args).items() if value not in (None, "", [], False)}
+    metadata = {} if args.no_metadata else header(args)
     with average.applied(networks["unet"]) if average else contextlib.nullcontext():
         if "diffusers" in formats:
             folder.mkdir(parents=True, exist_ok=True)
