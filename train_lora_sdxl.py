@@ -42,7 +42,7 @@ running.calm()    # before PEFT, which imports every quantiser that is installed
 from library.models import adapters    # before diffusers, which looks for PEFT once
 from library.data import dataset, findings, loader
 from library.diffusion import ddpm, ema
-from library.models import adapter_flags, adapter_merge, quantize, sdxl, sdxl_adapter, sdxl_cache, sdxl_encoders, sdxl_output
+from library.models import adapter_flags, quantize, sdxl, sdxl_adapter, sdxl_cache, sdxl_encoders, sdxl_output
 from library.training import checkpoints, meter, offload, optimizers, plan, signals
 from library.validation import class_images, dataset_report, report
 from library.validation import images as validation
@@ -118,11 +118,8 @@ def main(args):
     # models: the frozen UNet (and text encoders), small or quantised, and the adapter on them in float32
     unet = sdxl_adapter.frozen_unet(args, base, base_precision, accelerator)
     networks = {"unet": unet} | sdxl.adapted_text_encoders(args, encoders)
-    text_encoders = [networks.get("text_encoder"), networks.get("text_encoder_2")]
-    if start:
-        settings = adapter_merge.start_from(start, unet, text_encoders, settings, seed=seed)
-    else:
-        adapters.add(unet, text_encoders, settings, seed=seed)
+    settings = sdxl_adapter.put_on(networks, settings, start, seed)
+    running.say(adapters.describe(networks, settings.kind))
     if args.gradient_checkpointing:
         sdxl.enable_gradient_checkpointing(networks)
     for network in networks.values():

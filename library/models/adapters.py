@@ -199,6 +199,17 @@ def load_state_dict(network: nn.Module, state: dict[str, Tensor]) -> None:
         tensor.copy_(state[name])
 
 
+def describe(networks: dict[str, nn.Module], kind: str) -> str:
+    """One line on what is trained: "lora: 23.2 M parameters (93 MB) on 560 layers of the unet"."""
+    parts, count = [], 0
+    for part, network in networks.items():
+        own = trained(network)
+        layers = {lycoris.module_of(network, name) for name in own}
+        count += sum(tensor.numel() for tensor in own.values())
+        parts.append(f"{len(layers)} layers of the {part}")
+    return f"{kind}: {count / 1e6:.3g} M parameters ({4 * count / 1e6:.3g} MB) on {', '.join(parts)}"
+
+
 @contextlib.contextmanager
 def without(network: nn.Module):
     """Within this context the network computes what it did before it had an adapter, bit for bit (a prior, for instance).

@@ -1,9 +1,11 @@
 """SDXL as adapters are trained on it, and what such a run writes for use: a small file, in the keys of diffusers or of kohya."""
 
 import contextlib
+import json
 from pathlib import Path
 
-from library.models import adapter_files, quantize, sdxl
+from library.models import adapter_files, adapter_merge, adapters, quantize, sdxl
+from library.models.adapter_settings import Settings
 from library.training import processes
 from library.training.accelerator import public
 
@@ -19,11 +21,10 @@ _KOHYA_OTHERS = {"text_encoder_lr": "learning_rate_te1", "batch_size_per_device"
 
 
 def header(args) -> dict[str, str]:
-    """What an adapter's file tells of its training: our flags by their names, kohya's ss_*, modelspec's; paths by last name."""
+    """What an adapter's file tells of its training: all flags that were given a value (as JSON), kohya's ss_*, modelspec's."""
     flags = {flag: value for flag, value in public(args).items() if value not in (None, "", [], False)}
-    told = {flag: str(value) for flag, value in flags.items()}
     ours = {name: name for name in _KOHYA} | _KOHYA_OTHERS
-    told |= {f"ss_{name}": str(getattr(args, flag)) for name, flag in ours.items()}
+    told = {"flags": json.dumps(flags, ensure_ascii=False)} | {f"ss_{name}": str(getattr(args, ours[name])) for name in ours}
     told |= {f"ss_{name}": Path(value).name for name in ("sd_model_name", "vae_name") if (value := getattr(args, ours[name]))}
     width, height = args.resolution
     told |= {"ss_resolution": f"({width}, {height})", "modelspec.resolution": f"{width}x{height}"}
@@ -38,6 +39,18 @@ def frozen_unet(args, base: sdxl.Base, precision: str, accelerator):
     quantize.apply(unet, precision, accelerator.device)
     sdxl.set_attention(unet, args.enable_xformers_memory_efficient_attention, args.enable_npu_flash_attention)
     return unet.to(accelerator.device)
+
+
+def put_on(networks: dict, settings: Settings, start: adapter_files.Adapter | None, seed: int) -> Settings:
+    """Put a new adapter, or the one to start from, on the UNet and the text encoders that are there -> its settings.
+
+    Raises `UserError`.
+    """
+    text_encoders = [networks.get("text_encoder"), networks.get("text_encoder_2")]
+    if start:
+        return adapter_merge.start_from(start, networks["unet"], text_encoders, settings, seed=seed)
+    adapters.add(networks["unet"], text_encoders, settings, seed=seed)
+    return settings
 
 
 def save(output: Path, name: str, args, networks: dict, settings, average, formats: tuple[str, ...]) -> list[Path]:
