@@ -7,7 +7,7 @@ duplicates, captions that are too long, steps an epoch, and the disk that the ca
 --pretrained_model_name_or_path, where it is given, the tokenizers alone. Ends with status 2 if training would not start.
 """
 
-from library import errors, flags
+from library import errors, flags, flags_adapter
 
 
 def parse_args(argv=None):
@@ -22,7 +22,9 @@ def parse_args(argv=None):
     flags.switch(group, "fix", "also write OUTPUT_DIR/dataset_fix: good images and their captions as metadata.jsonl, and lists "
                  "of the others; the data themselves are never touched")
     flags.add_model_flags(parser, required=False)    # only its tokenizers are read
+    flags_adapter.add_adapter_flags(parser)    # so that the command of any script is understood
     flags.add_data_flags(parser)
+    flags_adapter.add_dreambooth_flags(parser)
     flags.add_cache_flags(parser)
     flags.add_training_flags(parser)
     flags.add_optimizer_flags(parser)
@@ -56,7 +58,7 @@ from library.models import sdxl
 from library.models.locate import fault_of_tokenizer, find_model
 from library.training import accelerator as running
 from library.training.plan import total_steps
-from library.validation import dataset_report
+from library.validation import class_images, dataset_report
 
 
 def load(args, seed: int, index_dir: Path) -> tuple[dataset.Data, list[str]]:
@@ -73,6 +75,16 @@ def load(args, seed: int, index_dir: Path) -> tuple[dataset.Data, list[str]]:
     reasons = "; ".join(f"{reason}: {many}" for reason, many in bad.most_common(5)) + "; ..." * (len(bad) > 5)
     return data, [f"{sum(bad.values())} images cannot be used ({reasons}): mend or remove them, or leave them out with "
                   "--skip_bad_images" if bad else said]
+
+
+def without_absent_class(args) -> tuple[argparse.Namespace, list[str]]:
+    """DreamBooth's flags as they are before training has drawn images of the class, and a note on what it will draw."""
+    there = class_images.count(args.class_data_dir) if args.with_prior_preservation else 0
+    if not args.with_prior_preservation or there >= args.num_class_images:
+        return args, []
+    note = f"training begins with drawing {args.num_class_images - there} images of the class into {args.class_data_dir}; " \
+           f"{f'the {there} that are there' if there else 'none'} of them are seen here"
+    return (args if there else argparse.Namespace(**vars(args) | {"with_prior_preservation": False})), [note]
 
 
 def load_tokenizers(args) -> list | None:
@@ -162,12 +174,13 @@ def main(args):
         return
     running.calm()
     output, seed = Path(args.output_dir), args.seed or 0
+    args, unseen = without_absent_class(args)
     if args.fix:
         refuse_inside(output, dataset.describe(args).specs)
     cached = Path(args.embedding_cache_dir or output / "cache")
     data, faults = load(args, seed, cached / "scan")
     table = data.table
-    notes = [note.splitlines()[0].rstrip(":") for note in data.notes]    # the names stand in a table of their own
+    notes = unseen + [note.splitlines()[0].rstrip(":") for note in data.notes]    # the names stand in a table of their own
     if args.seed is None:
         notes.append("no --seed is given, so training draws its own: prompts, and the choice by --max_train_samples, are those "
                      "of seed 0 here")

@@ -10,6 +10,11 @@ from library.training.accelerator import say
 from library.validation import images
 
 
+def count(folder: str | Path) -> int:
+    """How many images a folder has, subfolders included; 0 if it is not there."""
+    return sum(path.suffix.lower() in EXTENSIONS and path.is_file() for path in Path(folder).rglob("*"))
+
+
 def missing(folder: str | Path, wanted: int, seed: int) -> list[int]:
     """Numbers of the images to draw until the folder has `wanted`; it is made if it is not there. All processes call this.
 
@@ -17,8 +22,8 @@ def missing(folder: str | Path, wanted: int, seed: int) -> list[int]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    there = sum(path.suffix.lower() in EXTENSIONS and path.is_file() for path in folder.rglob("*"))
-    numbers = [number for number in range(wanted) if not (folder / _name(seed, number)).exists()][:max(0, wanted - there)]
+    lacking = max(0, wanted - count(folder))
+    numbers = [number for number in range(wanted) if not (folder / _name(seed, number)).exists()][:lacking]
     processes.meet()    # all have counted before one draws
     return numbers
 

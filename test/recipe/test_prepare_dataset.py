@@ -14,6 +14,7 @@ from browser import columns_of
 from safetensors import safe_open
 
 import prepare_dataset
+import train_lora_sdxl
 from library import errors
 from library.data import dataset
 
@@ -247,12 +248,12 @@ def test_the_prompts_are_those_of_the_seed(prepare, images):
 
 
 def test_the_command_and_config_of_training_do(images, tmp_path, parse):
-    """Every flag of train_sdxl.py is taken, whether it matters here or not; the model need not be there."""
+    """Every flag of the training scripts is taken, whether it matters here or not; the model need not be there."""
     (tmp_path / "config.toml").write_text(
         f'train_data_dir = "{images}"\noutput_dir = "{tmp_path / "out"}"\nlearning_rate = 1e-5\nuse_ema = true\n'
         'resolution = "64"\nenable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\ntrain_batch_size = 2\n')
     ours = vars(prepare_dataset.parse_args([f"--config_file={tmp_path / 'config.toml'}"]))
-    theirs = vars(parse())
+    theirs = vars(parse()) | vars(train_lora_sdxl.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x"]))
     assert theirs.keys() <= ours.keys() and ours["learning_rate"] == 1e-5
     assert ours.keys() - theirs.keys() == {"report_images", "near_duplicates", "num_processes", "fix"}
     command = [sys.executable, "prepare_dataset.py", "--config_file", str(tmp_path / "config.toml")]
@@ -269,3 +270,17 @@ def test_only_the_first_of_many_processes_looks(images, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     prepare_dataset.main(prepare_dataset.parse_args([f"--train_data_dir={images}", f"--output_dir={tmp_path / 'out'}"]))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("there", [0, 2])
+def test_dreambooth_before_its_class_images_are_drawn(images, tmp_path, there):
+    kind = tmp_path / "class"
+    if there:
+        tiny.make_images(kind, [(64, 64)] * there, captions=False)
+    prepare_dataset.main(prepare_dataset.parse_args([
+        "--instance_data_dir", str(images), "--instance_prompt", "a photo of sks cat", "--with_prior_preservation", "--rank", "4",
+        "--class_data_dir", str(kind), "--class_prompt", "a photo of a cat", "--num_class_images", "5", "--resolution", "64",
+        "--train_batch_size", "2", "--output_dir", str(tmp_path / "out"), "--near_duplicates", "0"]))
+    page = (tmp_path / "out" / "dataset_report.html").read_text()
+    assert f"training begins with drawing {5 - there} images of the class into {kind}" in page
+    assert kind.exists() == bool(there) and ("a photo of a cat" in page.partition("<script")[2]) == bool(there)
