@@ -42,7 +42,8 @@ running.calm()    # before PEFT, which imports every quantiser that is installed
 from library.models import adapters    # before diffusers, which looks for PEFT once
 from library.data import dataset, findings, loader
 from library.diffusion import ddpm, ema
-from library.models import adapter_flags, quantize, sdxl, sdxl_adapter, sdxl_cache, sdxl_encoders, sdxl_output
+from library.models import adapter_flags, caching, quantize, sdxl, sdxl_adapter, sdxl_output
+from library.models.encoders import Encoders
 from library.training import checkpoints, meter, offload, optimizers, plan, signals
 from library.validation import class_images, dataset_report, report
 from library.validation import images as validation
@@ -95,7 +96,7 @@ def main(args):
 
     # data: every image and caption is looked at; what is encoded once need not be encoded again
     cached = Path(args.embedding_cache_dir or output / "cache")
-    encoders = sdxl_encoders.Encoders(args, base, accelerator, precisions=text_precisions)
+    encoders = Encoders(sdxl, args, base, accelerator, precisions=text_precisions, adapted=True)
     if args.with_prior_preservation and (missing := class_images.missing(args.class_data_dir, args.num_class_images, seed)):
         prompt, negative = encoders.prompts([args.class_prompt, ""])
         encoders.free(vae=False, text=True)
@@ -107,12 +108,12 @@ def main(args):
     for note in notes + data.notes:
         running.say(note)
     batches_a_step = args.gradient_accumulation_steps * accelerator.num_processes
-    data, order, steps, latents = sdxl_cache.cache_images(args, encoders, data, seed, batches_a_step, cached)
-    prompts = sdxl_cache.cache_captions(args, encoders, data, order, steps, cached)
+    data, order, steps, latents = caching.cache_images(args, encoders, data, seed, batches_a_step, cached)
+    prompts = caching.cache_captions(args, encoders, data, order, steps, cached)
     running.say(f"{dataset.describe_table(data.table, batches_a_step)}; {steps} steps")
     if args.cache_only:
         return running.say(f"--cache_only: everything is encoded in {cached}; without the flag, the run goes on from here")
-    held_out = data.held_out and sdxl_cache.cache_evaluation(args, encoders, data.held_out, prompts, accelerator, cached)
+    held_out = data.held_out and caching.cache_evaluation(args, encoders, data.held_out, prompts, accelerator, cached)
     encoders.free(vae=latents.whole and not args.validation_prompt, text=prompts.whole)
 
     # models: the frozen UNet (and text encoders), small or quantised, and the adapter on them in float32

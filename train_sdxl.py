@@ -36,7 +36,8 @@ import torch
 
 from library.data import dataset, findings, loader
 from library.diffusion import ddpm, ema
-from library.models import sdxl, sdxl_cache, sdxl_encoders, sdxl_output
+from library.models import caching, sdxl, sdxl_output
+from library.models.encoders import Encoders
 from library.training import accelerator as running
 from library.training import checkpoints, meter, optimizers, plan, signals
 from library.validation import dataset_report
@@ -88,14 +89,14 @@ def main(args):
     data = dataset.load(args, seed, cached / "scan", decode=False)
     for note in notes + data.notes:
         running.say(note)
-    encoders = sdxl_encoders.Encoders(args, base, accelerator, found and found.path)
+    encoders = Encoders(sdxl, args, base, accelerator, found and found.path)
     batches_a_step = args.gradient_accumulation_steps * accelerator.num_processes
-    data, order, steps, latents = sdxl_cache.cache_images(args, encoders, data, seed, batches_a_step, cached)
-    prompts = sdxl_cache.cache_captions(args, encoders, data, order, steps, cached)
+    data, order, steps, latents = caching.cache_images(args, encoders, data, seed, batches_a_step, cached)
+    prompts = caching.cache_captions(args, encoders, data, order, steps, cached)
     running.say(f"{dataset.describe_table(data.table, batches_a_step)}; {steps} steps")
     if args.cache_only:
         return running.say(f"--cache_only: everything is encoded in {cached}; without the flag, the run goes on from here")
-    held_out = data.held_out and sdxl_cache.cache_evaluation(args, encoders, data.held_out, prompts, accelerator, cached)
+    held_out = data.held_out and caching.cache_evaluation(args, encoders, data.held_out, prompts, accelerator, cached)
     encoders.free(vae=latents.whole and not args.validation_prompt, text=prompts.whole)
 
     # models: the UNet, and with it the text encoders if they are trained

@@ -5,10 +5,12 @@ kohya's sd-scripts, Ascend's port of it, SimpleTuner and diffusers' sibling scri
 one declaration, one help text and one default.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
+
+from library import config_files
+from library.config_files import DialectError
 
 RENAMED = {
     # kohya sd-scripts, and Ascend's sd-scripts-xl
@@ -22,6 +24,8 @@ RENAMED = {
     "max_data_loader_n_workers": "dataloader_num_workers",
     "caption_extention": "caption_extension",    # kohya keeps this old misspelling too
     "caption_dropout_rate": "proportion_empty_prompts",
+    "training_shift": "flow_schedule_shift",
+    "t5xxl_max_token_length": "tokenizer_max_length",
     "flip_aug": "random_flip",
     "resize_interpolation": "image_interpolation_mode",
     "cache_latents_to_disk": "cache_latents",
@@ -35,6 +39,7 @@ RENAMED = {
     # diffusers' sibling scripts, and torch.distributed.launch
     "local-rank": "local_rank",
     "validation_prompts": "validation_prompt",
+    "max_sequence_length": "tokenizer_max_length",    # of SD3's T5
     # SimpleTuner
     "use_gradient_checkpointing": "gradient_checkpointing",
     "checkpoint_step_interval": "checkpointing_steps",
@@ -78,6 +83,8 @@ VALUES = {
     "lora_type": {"standard": "lora"},
     "lora_init_type": {"default": "kaiming"},
     "lora_format": {"comfyui": "kohya"},
+    "weighting_scheme": {"uniform": "none"},              # kohya
+    "flow_schedule_shift": {"0": "1", "0.0": "1"},    # SimpleTuner: off
 }
 
 # SimpleTuner has one program for all models: what it calls a family and a type is a script here.
@@ -88,16 +95,13 @@ FLAVOURS = {"sdxl": {"base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
             "sd3": {"medium": "stabilityai/stable-diffusion-3.5-medium", "large": "stabilityai/stable-diffusion-3.5-large"}}
 ATTENTION = {"xformers": ["--enable_xformers_memory_efficient_attention"], "diffusers": []}    # the latter is what torch has
 _OF_SIMPLETUNER = ("model_family", "model_type", "model_flavour", "attention_mechanism")
+_PROMPTS = "user_prompt_library"    # SimpleTuner's file of validation prompts
 _OF_KOHYAS_NETWORKS = ("network_train_unet_only", "network_train_text_encoder_only", "dim_from_weights", "text_encoder_lr")
-
-
-class DialectError(ValueError):
-    """A config file that cannot be read, or a value that has no meaning here."""
 
 
 def names() -> list[str]:
     """Every foreign flag, with its dashes."""
-    return [f"--{name}" for name in (*RENAMED, *REPLACED, *_OF_SIMPLETUNER, *_OF_KOHYAS_NETWORKS)]
+    return [f"--{name}" for name in (*RENAMED, *REPLACED, *_OF_SIMPLETUNER, _PROMPTS, *_OF_KOHYAS_NETWORKS)]
 
 
 def translate(argv: list[str], script: str | None = None, adapters: bool = False) -> list[str]:
@@ -115,7 +119,7 @@ def translate(argv: list[str], script: str | None = None, adapters: bool = False
             argv = read_config(Path(value if equals else argv[index + 1])) + list(argv)
             break
 
-    groups = _without_zeros(_groups(argv))
+    groups = _with_library(_without_zeros(_groups(argv)))
     translated, model = _of_networks(groups) if adapters else [], {}
     for name, equals, values in groups:
         flag = RENAMED.get(name, name)
@@ -161,6 +165,19 @@ def _without_zeros(groups: list[tuple[str, bool, list[str]]]) -> list[tuple[str,
     return groups
 
 
+def _with_library(groups: list[tuple[str, bool, list[str]]]) -> list[tuple[str, bool, list[str]]]:
+    """The prompts of --user_prompt_library are drawn beside --validation_prompt."""
+    named = [values for name, _, values in groups if name == _PROMPTS]
+    if not named:
+        return groups
+    if len(named[-1]) != 1:
+        raise DialectError(f"--{_PROMPTS} takes one value, not {len(named[-1])}")
+    typed = [values for name, _, values in groups if RENAMED.get(name, name) == "validation_prompt"]
+    prompts = [*(typed[-1] if typed else []), *config_files.read_prompts(Path(named[-1][0])).values()]
+    others = [group for group in groups if RENAMED.get(group[0], group[0]) not in (_PROMPTS, "validation_prompt")]
+    return others + ([("validation_prompt", False, prompts)] if prompts else [])
+
+
 def _of_networks(groups: list[tuple[str, bool, list[str]]]) -> list[str]:
     """kohya trains adapters of the text encoders, too, unless told not to, or unless their outputs are cached.
 
@@ -187,6 +204,8 @@ def _split(flag: str, value: str) -> list[str]:
         return re.split(r",\s*(?=\w+\s*=)", value)
     if flag == "lora_targets" and value.startswith("["):
         return re.findall(r"[\w.]+", value)
+    if flag == "validation_guidance_skip_layers":
+        return re.findall(r"[^\s,\[\]]+", value)
     return value.split(",") if flag == "validation_resolution" and "x" in value.lower() else [value]
 
 
@@ -229,52 +248,5 @@ def _value(flag: str, value: str) -> str:
 
 
 def read_config(path: Path) -> list[str]:
-    """A flat or sectioned .json or .toml file -> a command line. Keys are flags, with or without dashes.
-
-    kohya's files put flags in sections of any name; sections are opened up. true and false set switches,
-    null leaves the default, a list gives several values.
-    """
-    if path.suffix.lower() not in (".json", ".toml"):
-        raise DialectError(f"--config_file: {path} is neither .json nor .toml")
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix.lower() == ".json" else _toml(text)
-    except OSError as error:
-        raise DialectError(f"--config_file: cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise DialectError(f"--config_file: {path} is not valid {path.suffix[1:].upper()}: {error}") from None
-    if not isinstance(content, dict):
-        raise DialectError(f"--config_file: {path} must hold one object of flags and values")
-    return [token for key, value in _flatten(content) for token in _tokens(key, value)]
-
-
-def _toml(text: str) -> dict:
-    try:
-        import tomllib
-    except ModuleNotFoundError:    # Python 3.10
-        import tomli as tomllib
-    return tomllib.loads(text)
-
-
-def _flatten(content: dict):
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _flatten(value)
-        else:
-            yield key.lstrip("-"), value
-
-
-def _tokens(key: str, value) -> list[str]:
-    if value is None:
-        return []
-    if key in REPLACED and str(value).lower() in ("true", "false"):
-        value = str(value).lower() == "true"
-    if value is True and key in REPLACED:
-        return [f"--{key}"]
-    if value is False and key in REPLACED:
-        return []
-    if isinstance(value, bool):
-        return [f"--{key}={str(value).lower()}"]
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [f"--{key}={value}"]
+    """A config file -> a command line in the dialect that it was written in: `config_files.read`."""
+    return config_files.read(path, REPLACED)

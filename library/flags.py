@@ -13,6 +13,7 @@ import sys
 
 from library.flags_adapter import faults_of_adapter, idle_adapter_flags
 from library.flags_data import add_cache_flags, add_data_flags, faults_of_data, idle_data_flags  # noqa: F401
+from library.flags_sd3 import add_flow_flags, faults_of_sd3, idle_sd3_flags
 from library.parser import COUNT, FRACTION, NOT_NEGATIVE, Parser, number, size, switch
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -123,8 +124,7 @@ def add_ddpm_objective_flags(parser: Parser) -> None:
         help="what the UNet predicts (default: as the base model)")
     add("--snr_gamma", type=number(float, above=0), metavar="G",
         help="min-SNR loss weighting; the paper's value is 5.0")
-    add("--noise_offset", type=NOT_NEGATIVE, default=0.0, metavar="S",
-        help="strength of noise that shifts a whole channel")
+    _add_noise_offset(group)
     switch(group, "zero_terminal_snr", "rescale the noise schedule so that its last step is pure noise")
     add("--timestep_bias_strategy", default="none", choices=("earlier", "later", "range", "none"),
         help="which timesteps are drawn more often: the last or first share, or a range")
@@ -134,8 +134,24 @@ def add_ddpm_objective_flags(parser: Parser) -> None:
         help="range: the timestep after its last")
     add("--timestep_bias_portion", type=FRACTION, default=0.25, metavar="P",
         help="earlier, later: share of all timesteps")
+    _add_average(group)
+
+
+def add_flow_objective_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("objective", "of noise levels: 1 is noise, 0 the image")
+    add_flow_flags(group)
+    _add_noise_offset(group)
+    _add_average(group)
+
+
+def _add_noise_offset(group) -> None:
+    group.add_argument("--noise_offset", type=NOT_NEGATIVE, default=0.0, metavar="S",
+                       help="strength of noise that shifts a whole channel")
+
+
+def _add_average(group) -> None:
     switch(group, "use_ema", "also keep an exponential average of the weights; it is what validation and output use")
-    add("--ema_decay", type=FRACTION, default=0.9999, metavar="D", help="largest decay of that average")
+    group.add_argument("--ema_decay", type=FRACTION, default=0.9999, metavar="D", help="largest decay of that average")
 
 
 def add_checkpoint_flags(parser: Parser) -> None:
@@ -199,6 +215,7 @@ def add_validation_flags(parser: Parser) -> None:
 def check(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, all of them in one sentence."""
     faults = faults_of_data(args) + (faults_of_adapter(args) if hasattr(args, "lora_type") else [])
+    faults += faults_of_sd3(args) if hasattr(args, "weighting_scheme") else []
     if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw_8bit"):
         faults.append(f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other")
     if args.use_ema and args.optimizer.endswith("schedulefree"):
@@ -210,7 +227,7 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
             faults.append(f"--{name} needs --train_text_encoder")
     if args.push_to_hub and args.save_model_as != "diffusers":
         faults.append("--push_to_hub needs --save_model_as diffusers")
-    if args.zero_terminal_snr and args.prediction_type == "epsilon":
+    if getattr(args, "zero_terminal_snr", False) and args.prediction_type == "epsilon":
         faults.append("--zero_terminal_snr needs --prediction_type v_prediction: at pure noise, epsilon says nothing "
                       "of the image")
     if faults:
@@ -225,18 +242,21 @@ def without_effect(parser: Parser, args: argparse.Namespace) -> list[str]:
 
     They are not refused: a config file may well list every flag that there is.
     """
-    schedule, bias = args.lr_scheduler, args.timestep_bias_strategy
+    schedule, bias = args.lr_scheduler, getattr(args, "timestep_bias_strategy", None)
     shown = ("validation_negative_prompt", "num_validation_images", "validation_epochs", "validation_steps",
              "validation_resolution", "validation_num_inference_steps", "validation_guidance", "validation_seed")
     needs = [    # (flags, whether they are used, why not)
         *idle_data_flags(args), *(idle_adapter_flags(args) if hasattr(args, "lora_type") else []),
+        *(idle_sd3_flags(args) if hasattr(args, "weighting_scheme") else []),
         (("ema_decay",), args.use_ema, "without --use_ema"),
         (shown, args.validation_prompt, "without --validation_prompt"),
         (("hub_model_id", "hub_token"), args.push_to_hub, "without --push_to_hub"),
+    ]
+    needs += [
         (("timestep_bias_multiplier",), bias != "none", "without --timestep_bias_strategy"),
         (("timestep_bias_portion",), bias in ("earlier", "later"), "without --timestep_bias_strategy earlier or later"),
         (("timestep_bias_begin", "timestep_bias_end"), bias == "range", "without --timestep_bias_strategy range"),
-    ]
+    ] if bias else []
     schedules = {"lr_num_cycles": ("cosine_with_restarts",), "lr_power": ("polynomial",),
                  "lr_step_rules": ("piecewise_constant",), "lr_decay_steps": ("warmup_stable_decay",),
                  "lr_scheduler_timescale": ("inverse_sqrt",),

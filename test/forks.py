@@ -7,6 +7,7 @@ continues one by the other.
 
 import contextlib
 import ctypes
+import importlib
 import multiprocessing
 import os
 import resource
@@ -34,7 +35,7 @@ class Run:
 
     setting: env, added to its environment; file_limit, bytes that a file may have, as on a full disk; humble=True,
     without root's right to any file; shard_bytes, the size of the caches' shards; plots=True, with the report's plots,
-    which take half of the time of so short a run.
+    which take half of the time of so short a run; script, another one than train_sdxl.
     """
 
     def __init__(self, flags: list[str], log: Path, **setting):
@@ -72,10 +73,10 @@ def run(flags: list[str], log: Path, status: int = 0, **setting) -> str:
     return made.text()
 
 
-def together(flags: list[str], log: Path, processes: int) -> list[Run]:
+def together(flags: list[str], log: Path, processes: int, **setting) -> list[Run]:
     """The processes of one run, as `torch.distributed.run` would start them."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-    return [Run(flags, log.with_name(f"{log.name}.{rank}"), env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    return [Run(flags, log.with_name(f"{log.name}.{rank}"), env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **setting)
             for rank in range(processes)]
 
 
@@ -113,23 +114,26 @@ def _warm() -> None:
     del os.environ[_WARM]
     import torch.utils.tensorboard  # noqa: F401
 
+    import train_sd3  # noqa: F401
     import train_sdxl  # noqa: F401
-    from library.models import sdxl
+    from library.models import sd3, sdxl
     from library.training.accelerator import calm
     calm()
+    for part in sd3.PARTS[:5]:
+        sd3.class_of(part)
     for part in sdxl.PARTS[:4]:
         sdxl._class_of(part)
     import diffusers  # after what a run imports first
     import matplotlib.backends.backend_agg
     import matplotlib.backends.backend_svg
     import matplotlib.figure  # noqa: F401
-    _ = diffusers.StableDiffusionXLPipeline, diffusers.EulerDiscreteScheduler
+    _ = diffusers.StableDiffusionXLPipeline, diffusers.EulerDiscreteScheduler, diffusers.StableDiffusion3Pipeline
     threads = os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else [0]
     assert len(threads) == 1, "a parent with threads must not fork"
 
 
 def _run(flags: list[str], log: str, env: dict | None = None, file_limit: int | None = None, humble: bool = False,
-         shard_bytes: int | None = None, plots: bool = False) -> None:
+         shard_bytes: int | None = None, plots: bool = False, script: str = "train_sdxl") -> None:
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(handle, stream)
@@ -138,19 +142,19 @@ def _run(flags: list[str], log: str, env: dict | None = None, file_limit: int | 
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if humble:    # no capability is left
         ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-    sys.argv = ["train_sdxl.py", *flags]
+    sys.argv = [f"{script}.py", *flags]
     from tqdm import tqdm
 
-    import train_sdxl
     from library import errors
     from library.data import cache
     tqdm.set_lock(threading.RLock())    # its own is a semaphore that multiprocessing would miss after a kill
     cache.SHARD_BYTES = shard_bytes or cache.SHARD_BYTES
+    module = importlib.import_module(script)
     if not plots:
-        train_sdxl.report.write_loss_curve = lambda folder: folder
-        train_sdxl.report.write_report = lambda folder, **_: folder
-    with errors.exit_on_user_error("train_sdxl.py"):
-        train_sdxl.main(train_sdxl.parse_args(flags))
+        module.report.write_loss_curve = lambda folder: folder
+        module.report.write_report = lambda folder, **_: folder
+    with errors.exit_on_user_error(f"{script}.py"):
+        module.main(module.parse_args(flags))
 
 
 if os.environ.get(_WARM):

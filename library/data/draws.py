@@ -1,13 +1,14 @@
 """Every random number that touches a sample, from a counter-based generator.
 
 The numbers depend on (seed, sample, visit, purpose) alone: not on the device, the number of processes, or on
-what was drawn before. So a restart, another process count or another kind of device sees the same noise.
+what was drawn before. So a restart, another process count or another kind of device sees the same noise. The streams of
+two purposes never meet.
 Generator: Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 """
 
 import numpy as np
 
-AUGMENT, CAPTION, LATENT, NOISE, TIMESTEP, ORDER, PASS, SUBSET, COLOUR = range(9)    # purposes: streams that never meet
+AUGMENT, CAPTION, LATENT, NOISE, TIMESTEP, ORDER, PASS, SUBSET, COLOUR, ENCODERS = range(10)    # purposes
 
 
 def generator(seed: int, sample: int, visit: int, purpose: int) -> np.random.Generator:

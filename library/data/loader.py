@@ -51,13 +51,16 @@ class LatentSource:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where prompts come from. Without a store the batch holds token ids, made by `tokenize`."""
+    """Where prompts come from: a store, or token ids in the batch, made by `tokenize`; or both, for some text encoders each."""
     store: Store | OnDemand | None
     recipe: str
     most: list[int | None]       # variants kept of a caption, for each data set; None: no end of them
-    tokenize: object             # prompts -> {name: [B, L] int64}; None with a store
+    tokenize: Callable | None    # prompts, silent text encoders of each -> {name: [B, ...] int64}; None: the store has it all
     warmup: list[float]          # optimizer steps until all tags of a caption are shown, for each data set
     encode: Callable | None = None    # prompts -> {name: [B, ...]}, for a store that is filled on demand
+    fields: tuple[str, ...] = ()      # what the store keeps of a prompt
+    assemble: Callable | None = None    # fields, those of "", silent text encoders -> {name: tensor} of the batch
+    dropout: tuple[float, ...] = ()   # share of visits at which each text encoder hears nothing
 
     @property
     def whole(self) -> bool:
@@ -65,13 +68,25 @@ class PromptSource:
         return isinstance(self.store, Store)
 
     def read(self, prompt: str) -> dict[str, torch.Tensor]:
-        """The embeddings of a prompt: hidden [L, D] and pooled [P]."""
+        """What the store keeps of a prompt."""
         key = prepare.prompt_key(prompt, self.recipe)
         if isinstance(self.store, OnDemand):
             def make():
                 return {name: values[0] for name, values in self.encode([prompt]).items()}
-            return {name: self.store.read(key, name, make) for name in ("hidden", "pooled")}
-        return {name: self.store.read(key, name) for name in ("hidden", "pooled")}
+            return {name: self.store.read(key, name, make) for name in self.fields}
+        return {name: self.store.read(key, name) for name in self.fields}
+
+    def silent(self, prompt: str, seed: int, row: int, visit: int) -> tuple[bool, ...]:
+        """Which text encoders hear nothing at one visit of one image; all of them where there is no prompt."""
+        if not prompt or not any(self.dropout):
+            return (not prompt,) * len(self.dropout)
+        drawn = draws.generator(seed, row, visit, draws.ENCODERS).random(len(self.dropout))
+        return tuple((drawn < self.dropout).tolist())
+
+    def embeds(self, prompt: str, silent: tuple[bool, ...]) -> dict[str, torch.Tensor]:
+        """What the store makes of the batch for a prompt."""
+        fields = self.read(prompt)
+        return self.assemble(fields, self.read("") if prompt and any(silent) else fields, silent)
 
     def close(self) -> None:
         """Write what was made in the run and is not yet on the disk."""
@@ -125,7 +140,7 @@ class Loader:
 
         latents [B, C, h, w], noise [B, C, h, w], noise_offset [B, C, 1, 1], timestep_draw [B] in [0, 1), time_ids [B, 6],
         loss_weight [B], loss_mask [B, 1, h, w] if any data set has masks, keeps_prior [B] if any does, float32;
-        the fields of the prompt store [B, ...], or token ids.
+        prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P], or token ids to make them of.
         """
         rows, visits, bucket = self.samples(step, micro)
         return self._batch(rows, visits, step, bucket)
@@ -134,9 +149,9 @@ class Loader:
         width, height = self.table.buckets[bucket]
         shape = (self.latents.channels, height // 8, width // 8)
         each = [self._sample(int(row), int(visit), step, shape) for row, visit in zip(rows, visits, strict=True)]
-        batch = {name: torch.stack([sample[name] for sample in each]) for name in each[0] if name != "prompt"}
-        if self.prompts.store is None:
-            batch |= self.prompts.tokenize([sample["prompt"] for sample in each])
+        batch = {name: torch.stack([sample[name] for sample in each]) for name in each[0] if name not in ("prompt", "silent")}
+        if self.prompts.tokenize:
+            batch |= self.prompts.tokenize([sample["prompt"] for sample in each], [sample["silent"] for sample in each])
         if self.pin:
             batch = {name: values.pin_memory() for name, values in batch.items()}
         return batch
@@ -176,12 +191,8 @@ class Loader:
         if self.table.masked:
             sample["loss_mask"] = self._mask(row, number)
         prompt = self.prompt(row, visit, step)
-        if self.prompts.store:
-            embeds = self.prompts.read(prompt)
-            sample["prompt_embeds"], sample["pooled_prompt_embeds"] = embeds["hidden"], embeds["pooled"]
-        else:
-            sample["prompt"] = prompt
-        return sample
+        sample |= {"prompt": prompt, "silent": self.prompts.silent(prompt, self.seed, row, visit)}
+        return sample | (self.prompts.embeds(prompt, sample["silent"]) if self.prompts.store else {})
 
     def _number(self, row: int, visit: int) -> int:
         """Which cut of the image this visit sees."""

@@ -145,7 +145,7 @@ def cache_masks(data: Data, rows: np.ndarray, store: Store, most: list[int]) -> 
 def cache_prompts(prompts: list[str], store: Store, recipe: str, batch_size: int, make_encoder) -> int:
     """Encode every prompt that is not in `store` yet. Returns their number.
 
-    make_encoder() -> function from prompts to {field: [B, ...]}; only called when something is missing.
+    make_encoder() -> function from prompts to {field: [B, ...] or a list of B}; only called when something is missing.
     """
     prompts = sorted(set(prompts))
     keys = np.array([prompt_key(prompt, recipe) for prompt in prompts], KEY)

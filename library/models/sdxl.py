@@ -1,42 +1,19 @@
 """SDXL: its parts loaded, prompts and images encoded, the conditioning of the UNet."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from library.errors import UserError
-from library.models.locate import fault_of_network, fault_of_tokenizer, find_model
+from library.models import parts
+from library.models.locate import find_model
+from library.models.parts import DTYPES, PIECE, Base, enable_gradient_checkpointing  # noqa: F401
 from library.training.imports import lean
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-DTYPES = {"fp32": torch.float32, "float": torch.float32, "no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PIECE = 75    # prompt tokens between BOS and EOS
-
-
-@dataclass(frozen=True)
-class Base:
-    """Where the parts of the base model are, on this machine.
-
-    path: a diffusers folder or one file. configs: the folder with tokenizers and scheduler. vae: another VAE, or None.
-    """
-
-    path: Path
-    configs: Path
-    vae: Path | None
-    tokenizers: tuple[Path, Path]
-    variant: str | None
-
-    def files(self, *parts: str) -> list[Path]:
-        """The files or folders that hold these parts: what their output depends on."""
-        if parts == ("vae",) and self.vae:
-            return [self.vae / "vae" if (self.vae / "vae").is_dir() else self.vae]
-        tokenizers = [path for part, path in zip(PARTS[4:6], self.tokenizers, strict=True) if part in parts]
-        if self.path.is_file():
-            return [self.path, *tokenizers]
-        return [self.path / part for part in parts if not part.startswith("tokenizer")] + tokenizers
+TEXT_ENCODERS = PARTS[2:4]    # CLIP ViT-L and OpenCLIP ViT-bigG
+FIELDS = {"hidden": TEXT_ENCODERS, "pooled": ("text_encoder_2",)}    # what is kept of a prompt, and which encoders make it
 
 
 def find_base(args) -> Base:
@@ -45,21 +22,8 @@ def find_base(args) -> Base:
     configs = path
     if path.is_file():
         configs = find_model(args.single_file_config, "--single_file_config", PARTS[4:], None, None)
-    vae = None
-    if args.pretrained_vae_model_name_or_path:
-        vae = find_model(args.pretrained_vae_model_name_or_path, "--pretrained_vae_model_name_or_path", (),
-                         args.revision, args.variant, ("config.json", "diffusion_pytorch_model*", "vae/*"))
-    tokenizers = []
-    for part, flag, given in (("tokenizer", "--tokenizer1_path", args.tokenizer1_path),
-                              ("tokenizer_2", "--tokenizer2_path", args.tokenizer2_path)):
-        found = find_model(given, flag, (), loose=(f"{part}/*", "*.json", "merges.txt")) if given else configs
-        tokenizers.append(found / part if (found / part).is_dir() else found)
-    base = Base(path, configs, vae, tuple(tokenizers), args.variant)
-    networks = [folder for part in PARTS[:4] if (folder := base.files(part)[0]).is_dir()]
-    faults = [fault_of_network(folder, args.variant if folder.parent == path else None) for folder in networks]
-    if faults := [fault for fault in faults + [fault_of_tokenizer(folder) for folder in tokenizers] if fault]:
-        raise UserError(f"the base model cannot be loaded: {'; '.join(faults)}. Copy it again, or name another")
-    return base
+    vae, tokenizers = parts.find_vae(args), parts.find_tokenizers(args, configs, PARTS[4:6])
+    return parts.check_files(Base(path, configs, vae, tokenizers, args.variant), PARTS[:4])
 
 
 def load_part(base: Base, part: str, dtype: torch.dtype | None, checkpoint: Path | None = None):
@@ -67,37 +31,16 @@ def load_part(base: Base, part: str, dtype: torch.dtype | None, checkpoint: Path
 
     dtype None is float32. Raises `UserError`.
     """
-    path = base.vae if part == "vae" and base.vae else base.path
-    if checkpoint and (checkpoint / part).is_dir():
-        path = checkpoint
-    if path.is_file():
+    place = checkpoint / part if checkpoint and (checkpoint / part).is_dir() else base.place(part)
+    if place.is_file():
         from library.models import single_file
-        return single_file.load_part(path, part, base.configs, dtype or torch.float32).requires_grad_(False)
-    folder = path / part if (path / part).is_dir() else path
-    variant = base.variant if path == base.path else None
-    options = {"ignore_mismatched_sizes": True} if part.startswith("text") else {}    # told below; its own words are vague
-    try:
-        model, info = _class_of(part).from_pretrained(folder, variant=variant, dtype=dtype or torch.float32,
-                                                      local_files_only=True, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot load the {part} in {folder}: {error}") from error
-    if wrong := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):
-        raise UserError(f"cannot load the {part} in {folder}: {len(wrong)} tensors that its config.json calls for are missing "
-                        f"or of another shape, first {wrong[0]}: the files do not belong together, or are damaged")
-    return model.eval().requires_grad_(False)
-
-
-def load_text_encoders(base: Base, dtype: torch.dtype, checkpoint: Path | None = None) -> list:
-    """CLIP ViT-L and OpenCLIP ViT-bigG."""
-    return [load_part(base, part, dtype, checkpoint) for part in ("text_encoder", "text_encoder_2")]
+        return single_file.load_part(place, part, base.configs, dtype or torch.float32).requires_grad_(False)
+    return parts.load_network(_class_of(part), part, place, dtype, base.variant_of(place))
 
 
 def load_tokenizers(base: Base) -> list:
     from transformers import CLIPTokenizer
-    try:
-        return [CLIPTokenizer.from_pretrained(path, local_files_only=True) for path in base.tokenizers]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot load the tokenizers in {' and '.join(map(str, base.tokenizers))}: {error}") from error
+    return parts.load_tokenizers([CLIPTokenizer] * 2, base.tokenizers)
 
 
 def load_schedule(base: Base, prediction_type: str | None, zero_terminal_snr: bool):
@@ -120,21 +63,10 @@ def load_schedule(base: Base, prediction_type: str | None, zero_terminal_snr: bo
     return schedule
 
 
-def encode_images(vae, pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels [B, 3, H, W] in -1..1 -> mean and standard deviation of the posterior, [B, 2 C, H/8, W/8] float32."""
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    return torch.cat([posterior.mean, posterior.std], dim=1).float()
-
-
 def vae_config(base: Base) -> dict:
     """The VAE's config.json, without loading the VAE where it is a folder."""
-    folder = base.files("vae")[0]
-    if folder.is_file():
-        return dict(load_part(base, "vae", torch.float32).config)
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the VAE's config in {folder}: {error}") from error
+    place = base.place("vae")
+    return dict(load_part(base, "vae", torch.float32).config) if place.is_file() else parts.config_of("VAE", place)
 
 
 def empty_unet(base: Base):
@@ -143,49 +75,52 @@ def empty_unet(base: Base):
     if base.path.is_file() and not folder.exists():
         from library.models.adapter_settings import SDXL_UNET as config
     else:
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the UNet's config in {folder}: {error}") from error
+        config = parts.config_of("UNet", folder)
     with torch.device("meta"):
         return _class_of("unet").from_config(config)
 
 
-def tokenize(prompts: list[str], tokenizers: list, length: int) -> dict[str, torch.Tensor]:
-    """Prompts -> {"input_ids": [B, n, 77], "input_ids_2": [B, n, 77]} int64, in n = length // 75 pieces.
-
-    Each piece is BOS, up to 75 tokens, EOS and padding, as kohya cuts long prompts; longer ones are cut off.
-    """
-    pieces = max(1, length // PIECE)
-    batch = {}
-    for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=True):
-        rows = []
-        for ids in token_ids(prompts, tokenizer):
-            parts = [ids[start:start + PIECE] for start in range(0, pieces * PIECE, PIECE)]
-            rows.append([[tokenizer.bos_token_id, *part, tokenizer.eos_token_id]
-                         + [tokenizer.pad_token_id] * (PIECE - len(part)) for part in parts])
-        batch[name] = torch.tensor(rows)
-    return batch
+def text_options(args, base: Base) -> dict:
+    """What of the flags, beside the encoders themselves, decides a prompt's embeddings: it is part of the cache's key."""
+    return {"length": args.max_token_length}
 
 
-def token_ids(prompts: list[str], tokenizer) -> list[list[int]]:
-    """Token ids of each prompt, whole and without BOS and EOS."""
-    return tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+def text_dropout(args) -> list[tuple[float, bool]]:
+    """How often each text encoder hears nothing, and whether that is zeros: not a choice of SDXL."""
+    return []
 
 
-def encode_prompts(batch: dict[str, torch.Tensor], text_encoders: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, n, 77] of both -> hidden states [B, 75 n + 2, 768 + 1280] and the pooled embedding [B, 1280].
+def trained_parts(args) -> tuple[str, ...]:
+    """The text encoders that are asked anew in every step, as they are trained."""
+    return TEXT_ENCODERS if args.train_text_encoder else ()
 
-    The hidden states are those before the last layer; of n pieces the first BOS and the last EOS are kept.
-    The pooled embedding is text encoder 2's projection of the first piece.
-    """
-    hidden = []
-    for name, encoder in zip(("input_ids", "input_ids_2"), text_encoders, strict=True):
-        ids = batch[name]
-        output = encoder(ids.flatten(0, 1).to(encoder.device), output_hidden_states=True)
-        states = output.hidden_states[-2].unflatten(0, ids.shape[:2])                          # [B, n, 77, d]
-        hidden.append(torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1))
-    return torch.cat(hidden, dim=-1), output.text_embeds.unflatten(0, ids.shape[:2])[:, 0]
+
+def cut_off(prompts: list[str], tokenizers: list, *, length: int) -> dict[str, set[str]]:
+    """{flag that is the limit: the prompts that are longer}."""
+    return {f"--max_token_length {length}": parts.longer(prompts, tokenizers[0], parts.clip_limit(length))}
+
+
+def tokenize(prompts: list[list[str]], tokenizers: list, *, length: int) -> dict[str, torch.Tensor]:
+    """Prompts for each of both -> {"input_ids": [B, n, 77], "input_ids_2": [B, n, 77]} int64, in n = length // 75 pieces."""
+    return {name: parts.clip_tokens(texts, tokenizer, length)[0] for name, texts, tokenizer in
+            zip(("input_ids", "input_ids_2"), prompts, tokenizers, strict=True)}
+
+
+def encode_prompts(tokens: dict[str, torch.Tensor], text_encoders: list, *, length: int) -> dict[str, torch.Tensor]:
+    """Token ids [B, n, 77] of both -> "hidden" [B, 75 n + 2, 768 + 1280] and "pooled" [B, 1280], of text encoder 2."""
+    one, two = (parts.clip_states(encoder, tokens[name]) for name, encoder in
+                zip(("input_ids", "input_ids_2"), text_encoders, strict=True))
+    return {"hidden": torch.cat([one[0], two[0]], dim=-1), "pooled": two[1]}
+
+
+def kept(fields: dict[str, torch.Tensor], *, length: int) -> dict[str, torch.Tensor]:
+    """What is stored of encoded prompts: all of it."""
+    return fields
+
+
+def assemble(fields: dict[str, torch.Tensor], *, length: int) -> dict[str, torch.Tensor]:
+    """The fields of a prompt, or of a batch of them, as training calls them."""
+    return {"prompt_embeds": fields["hidden"], "pooled_prompt_embeds": fields["pooled"]}
 
 
 def added_cond(pooled: torch.Tensor, time_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -202,7 +137,7 @@ def trainable_text_encoders(args, encoders) -> dict:
         return {}
     rates = (args.learning_rate_te1, args.learning_rate_te2)
     trained = {}
-    for name, encoder, rate in zip(("text_encoder", "text_encoder_2"), encoders.text_encoders, rates, strict=True):
+    for name, encoder, rate in zip(TEXT_ENCODERS, encoders.text_encoders, rates, strict=True):
         if rate != 0:
             trained[name] = encoder.requires_grad_(True).train()
     if "text_encoder" in trained:
@@ -229,14 +164,6 @@ def check_same_unet(base: Base, checkpoint: Path) -> None:
         if ours.get(key) != theirs.get(key):
             raise UserError(f"--resume_from_checkpoint: {checkpoint} holds another UNet than {base.path}: {key} is "
                             f"{theirs.get(key)} instead of {ours.get(key)}")
-
-
-def enable_gradient_checkpointing(networks: dict) -> None:
-    for network in networks.values():    # diffusers and transformers name it differently
-        if hasattr(network, "enable_gradient_checkpointing"):
-            network.enable_gradient_checkpointing()
-        else:
-            network.gradient_checkpointing_enable()
 
 
 def set_attention(unet, xformers: bool, npu: bool) -> None:

@@ -35,7 +35,8 @@ _HARMLESS = {"output_dir", "output_name", "resume_from_checkpoint", "checkpointi
              "resume", "validation_prompt", "validation_steps", "validation_epochs", "num_validation_images",
              "validation_resolution", "validation_guidance", "validation_seed", "validation_negative_prompt",
              "validation_num_inference_steps", "gradient_accumulation_steps", "train_batch_size", "vae_cache_ondemand",
-             "cache_only", "eval_steps_interval", "num_eval_images", "eval_timesteps"}
+             "cache_only", "eval_steps_interval", "num_eval_images", "eval_timesteps", "validation_guidance_skip_layers",
+             "validation_guidance_skip_layers_start", "validation_guidance_skip_layers_stop", "validation_guidance_skip_scale"}
 # Flags without whose old value the optimizer's state has no meaning.
 _DECISIVE = ("optimizer", "use_8bit_adam", "train_text_encoder", "use_ema", "lr_scheduler")
 

@@ -21,6 +21,7 @@ class Meter:
         self._losses, self._norms = ([torch.tensor(value, device=device) for value in state.unlogged.get(name, [])]
                                      for name in ("losses", "norms"))
         self._images, self._waited, self._seconds_before = 0, 0.0, _forget_after(self.path, state.step)
+        self.counts: dict[str, int] = {}    # of what others count since the run began; each line of the log has them
         self._bar = tqdm(initial=state.step, total=steps, desc="train", unit="step", disable=not processes.is_main())
         self._begin = self._since = time.perf_counter()
 
@@ -60,6 +61,7 @@ class Meter:
             "step": step, "loss": losses, "lr": lr, "grad_norm": norm, "epoch": round(epoch, 4),
             "images_per_s": self._images * processes.world() / passed, "wait": self._waited / passed,
             "memory_gb": devices.peak_memory(self.device), "seconds": self._seconds_before + now - self._begin,
+            **self.counts,
         }
         self._losses, self._norms, self._waited, self._since, self._images = [], [], 0.0, now, 0
         if processes.is_main():

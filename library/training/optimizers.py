@@ -144,7 +144,7 @@ def check_optimizer(args, device: str) -> None:
 
 def learning_rates(args, global_batch: int) -> dict[str, float]:
     """Peak rate of each trained network: its own, or --learning_rate."""
-    own = {"unet": getattr(args, "unet_lr", None), "text_encoder": args.learning_rate_te1,
+    own = {"unet": getattr(args, "unet_lr", None), "transformer": None, "text_encoder": args.learning_rate_te1,
            "text_encoder_2": args.learning_rate_te2}
     factor = global_batch if args.scale_lr else 1
     return {name: factor * (args.learning_rate if rate is None else rate) for name, rate in own.items()}

@@ -14,10 +14,10 @@ from library.diffusion.latents import latent_scale
 
 
 def draw(pipeline, prompts: list, negative, sizes: list[tuple[int, int]], *, count: int, steps: int,
-         guidance: float, seed: int, autocast, device) -> dict[str, tuple[str, Image.Image]]:
+         guidance: float, seed: int, autocast, device, **options) -> dict[str, tuple[str, Image.Image]]:
     """Draw `count` images of each prompt in each (width, height) -> {file name: (prompt, image)}.
 
-    prompts, negative: with text, hidden [1, L, D] and pooled [1, P].
+    prompts, negative: with text, hidden [1, L, D] and pooled [1, P]. options: more of the pipeline's.
     The denoising runs in `autocast`, the VAE outside of it: SDXL's own overflows in half precision and draws black.
     """
     pipeline.set_progress_bar_config(disable=True)
@@ -30,7 +30,7 @@ def draw(pipeline, prompts: list, negative, sizes: list[tuple[int, int]], *, cou
                     prompt_embeds=prompt.hidden.to(device), pooled_prompt_embeds=prompt.pooled.to(device),
                     negative_prompt_embeds=negative.hidden.to(device), negative_pooled_prompt_embeds=negative.pooled.to(device),
                     width=width, height=height, num_images_per_prompt=count, num_inference_steps=steps, guidance_scale=guidance,
-                    generator=generators, output_type="latent").images
+                    generator=generators, output_type="latent", **options).images
             slug = re.sub(r"[^a-z0-9]+", "-", prompt.text.lower()).strip("-")[:40] or "empty"
             for index, pixels in enumerate(decode(pipeline.vae, latents)):
                 drawn[f"{number:02d}-{slug}-{width}x{height}-{index}.png"] = (prompt.text, pixels)
@@ -81,8 +81,9 @@ def grid(images: list, columns: int) -> Image.Image:
     return sheet
 
 
-def run(args, seed: int, pipeline, shown: tuple, network, average, step: int, output_dir: Path, trackers, accelerator) -> None:
-    """Draw, save and report the validation images of a step, with averaged weights if there are any."""
+def run(args, seed: int, pipeline, shown: tuple, network, average, step: int, output_dir: Path, trackers, accelerator,
+        **options) -> None:
+    """Draw, save and report the validation images of a step, with averaged weights if there are any. options: as of `draw`."""
     if not accelerator.is_main_process:
         return
     network.eval()
@@ -90,7 +91,7 @@ def run(args, seed: int, pipeline, shown: tuple, network, average, step: int, ou
         drawn = draw(pipeline, *shown, args.validation_resolution or [args.resolution], count=args.num_validation_images,
                      steps=args.validation_num_inference_steps, guidance=args.validation_guidance,
                      seed=seed if args.validation_seed is None else args.validation_seed,
-                     autocast=accelerator.autocast, device=accelerator.device)
+                     autocast=accelerator.autocast, device=accelerator.device, **options)
     network.train()
     save(drawn, output_dir / "validation" / f"step-{step:06d}")
     trackers.images(step, {name: image for name, (_, image) in drawn.items() if image})

@@ -17,7 +17,7 @@ from PIL import Image
 from test_kill import assert_same
 
 from library.data import cache, prepare
-from library.models.sdxl_encoders import Encoders
+from library.models.encoders import Encoders
 
 
 def losses(out) -> list[float]:

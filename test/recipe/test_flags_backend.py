@@ -12,7 +12,7 @@ from test_data_sets import losses
 
 from library.data import dataset, prepare
 from library.data.cache import Store
-from library.models.sdxl_encoders import Encoders
+from library.models.encoders import Encoders
 
 SIZES = [(128, 128), (128, 64), (320, 320), (192, 200)]
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from pieces import make, note_calls
 
-from library.models.sdxl_encoders import Encoders
+from library.models.encoders import Encoders
 
 CAPTIONS = ("red, cat, on a mat ||| day, sunny", "blue, dog, in the wood ||| night, moon")
 

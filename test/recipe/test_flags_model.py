@@ -15,7 +15,7 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 
 from library.errors import UserError
 from library.models import sdxl
-from library.models.sdxl_encoders import Encoders
+from library.models.encoders import Encoders
 from library.models.single_file import save_single_file
 
 
@@ -97,7 +97,8 @@ def test_single_file_config(parse, tmp_path, tiny_model):
 @pytest.mark.parametrize(("flag", "changed"), [("--tokenizer1_path", "input_ids"), ("--tokenizer2_path", "input_ids_2")])
 def test_tokenizers(parse, tmp_path, flag, changed):
     tiny.make_tokenizer(tmp_path / "own", "b")    # pads with another token
-    before, after = ({name: ids.tolist() for name, ids in Encoders(args, sdxl.find_base(args), CPU).tokenize(["red cat"]).items()}
+    before, after = ({name: ids.tolist() for name, ids in
+                      Encoders(sdxl, args, sdxl.find_base(args), CPU).tokenize(["red cat"]).items()}
                      for args in (parse(), parse(flag, tmp_path / "own")))
     assert {name for name in before if before[name] != after[name]} == {changed}
 

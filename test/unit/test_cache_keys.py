@@ -18,7 +18,7 @@ import train_sdxl
 from library.data import dataset
 from library.data.prepare import latent_key, load_pixels, prompt_key
 from library.models import sdxl
-from library.models.sdxl_encoders import Encoders
+from library.models.encoders import Encoders
 
 WEIGHTS = {part: f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
 WEIGHTS |= {part: f"{part}/model.safetensors" for part in ("text_encoder", "text_encoder_2")}
@@ -48,7 +48,7 @@ class Place:
                                       f"--train_data_dir={images or self.images}", *flags])
         data = dataset.load(args, seed, self.root / "index", decode=False)
         accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=args.mixed_precision or "no")
-        return args, data, data.table, Encoders(args, sdxl.find_base(args), accelerator)
+        return args, data, data.table, Encoders(sdxl, args, sdxl.find_base(args), accelerator)
 
     def latents(self, *flags: str, **options) -> dict[str, list[bytes]]:
         """Keys of each image's cuts, by the content of the image."""

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_lora_sdxl
+import train_sd3
 import train_sdxl
-from library import dialects
+from library import dialects, flags, flags_adapter, flags_sd3
 
 NEEDED = ["--pretrained_model_name_or_path=model", "--train_data_dir=images"]
 
@@ -20,6 +21,23 @@ def parse(*argv):
 
 def parse_lora(*argv):
     return train_lora_sdxl.parse_args([*NEEDED, *argv])
+
+
+def parse_sd3(*argv):
+    return train_sd3.parse_args([*NEEDED, *argv])
+
+
+def parse_lora_sd3(*argv):
+    """The flags of an adapter on SD3, all together."""
+    parser = flags.Parser("train_lora_sd3.py")
+    for add in (flags.add_model_flags, flags_sd3.add_sd3_text_flags, flags_adapter.add_adapter_flags, flags.add_data_flags,
+                flags_adapter.add_dreambooth_flags, flags.add_cache_flags, flags.add_training_flags, flags.add_optimizer_flags,
+                flags.add_flow_objective_flags, flags_sd3.add_spike_flags, flags_sd3.add_quantize_exclude_flag,
+                flags.add_checkpoint_flags, flags.add_validation_flags, flags_sd3.add_skip_layer_flags, flags.add_runtime_flags):
+        add(parser)
+    args = parser.parse_args(argv)
+    flags.check(parser, args)
+    return args
 
 
 def refused(capsys, *argv) -> str:
@@ -65,6 +83,13 @@ OF_ADAPTERS = [
     ("lora_format", "comfyui", "lora_format", "kohya"), ("output_kohya_format", None, "lora_format", "both"),
     ("peft_lora_target_modules", '["to_k", "to_out.0"]', "lora_targets", ["to_k", "to_out.0"]),
     ("dim_from_weights", None, "rank", None)]
+OF_SD3 = [
+    ("training_shift", "2.5", "flow_schedule_shift", 2.5), ("flow_schedule_shift", "0", "flow_schedule_shift", 1.0),
+    ("t5xxl_max_token_length", "256", "tokenizer_max_length", 256), ("max_sequence_length", "77", "tokenizer_max_length", 77),
+    ("weighting_scheme", "uniform", "weighting_scheme", "none"),
+    ("validation_guidance_skip_layers", "[7, 8,9]", "validation_guidance_skip_layers", [7, 8, 9]),
+    ("validation_guidance_skip_layers", "7,8", "validation_guidance_skip_layers", [7, 8]),
+    ("validation_guidance_skip_layers", "7", "validation_guidance_skip_layers", [7])]
 IMPLIED = [("v_parameterization", "prediction_type", "v_prediction"), ("no_half_vae", "vae_dtype", "fp32"),
            ("use_safetensors", "save_model_as", "safetensors")]
 
@@ -78,6 +103,12 @@ def test_foreign_names_and_spellings(alias, typed, name, value):
 @pytest.mark.parametrize("alias, typed, name, value", OF_ADAPTERS)
 def test_foreign_names_of_adapters(alias, typed, name, value):
     assert getattr(parse_lora(f"--{alias}", *([typed] if typed else [])), name) == value
+
+
+@pytest.mark.parametrize("alias, typed, name, value", OF_SD3)
+def test_foreign_names_of_sd3(alias, typed, name, value):
+    for argv in ([f"--{alias}={typed}"], [f"--{alias}", typed]):
+        assert getattr(parse_sd3(*argv), name) == value
 
 
 @pytest.mark.parametrize("argv, trained, te1, te2, unet", [
@@ -122,7 +153,7 @@ def test_switches_that_imply_a_value(alias, name, value, tmp_path):
 def test_every_foreign_name_is_tried_here():
     tried = {alias for alias, *_ in ALIASES + IMPLIED} | set(SWITCHES) | {"model_family", "model_type", "attention_mechanism"}
     tried |= {alias for alias, *_ in OF_ADAPTERS} | {"network_train_unet_only", "network_train_text_encoder_only"}
-    tried |= {"text_encoder_lr"}
+    tried |= {"text_encoder_lr", "user_prompt_library"} | {alias for alias, *_ in OF_SD3}
     assert {name.lstrip("-") for name in dialects.names()} <= tried
 
 
@@ -332,3 +363,137 @@ def test_truth_in_quotes(tmp_path, text, value):
     assert (args.gradient_checkpointing, args.cache_latents) == (value, value)
     tokens = dialects.read_config(tmp_path / "config.json")
     assert ("--no_half_vae" in tokens) is value and not [token for token in tokens if token.startswith("--no_half_vae=")]
+
+
+# SimpleTuner's SD3
+
+SKIPPING = """{
+  "--validation_guidance_skip_layers": [7, 8, 9],
+  "--validation_guidance_skip_layers_start": 0.01,
+  "--validation_guidance_skip_layers_stop": 0.2,
+  "--validation_guidance_skip_scale": 2.8,
+  "--validation_guidance": 4.0,
+  "--flow_use_uniform_schedule": true,
+  "--flow_schedule_auto_shift": true
+}"""
+OF_A_LORA = """{
+  "model_type": "lora",
+  "model_family": "sd3",
+  "pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-large",
+  "output_dir": "/home/user/outputs/models",
+  "validation_resolution": "1024x1024,1280x768",
+  "validation_guidance": 3.0,
+  "validation_prompt": "your main test prompt here",
+  "user_prompt_library": "LIBRARY",
+  "base_model_precision": "int8-quanto",
+  "text_encoder_1_precision": "no_change",
+  "text_encoder_2_precision": "no_change",
+  "text_encoder_3_precision": "no_change",
+  "optimizer": "adamw_bf16"
+}"""
+OF_ENV = """# of config.env
+export MODEL_TYPE="lora"
+MODEL_FAMILY=sd3
+export MODEL_NAME='stabilityai/stable-diffusion-3.5-large'   # by path
+export BASE_DIR="/home/user"
+export OUTPUT_DIR="${BASE_DIR}/models"
+export VALIDATION_RESOLUTION=1024x1024,1280x768
+export VALIDATION_GUIDANCE=3.0
+export VALIDATION_PROMPT="a cat, at night"
+export OPTIMIZER="adamw_bf16"
+export MAX_NUM_STEPS=9
+export USE_GRADIENT_CHECKPOINTING=true
+export VALIDATION_SEED=
+export TRAINER_EXTRA_ARGS="--base_model_precision=int8-quanto"
+export TRAINER_EXTRA_ARGS="${TRAINER_EXTRA_ARGS} --text_encoder_1_precision=no_change"
+TRAINER_EXTRA_ARGS+=" --lora_rank 8"
+"""
+
+
+def test_the_options_of_skip_layer_guidance(tmp_path):
+    path = tmp_path / "config.json"
+    for layers in ("[7, 8, 9]", '"[7,8,9]"', '"[7, 8, 9]"', '"7,8,9"'):
+        path.write_text(SKIPPING.replace("[7, 8, 9]", layers))
+        args = parse_sd3(f"--config_file={path}")
+        assert args.validation_guidance_skip_layers == [7, 8, 9] and args.validation_guidance_skip_scale == 2.8
+        assert args.flow_use_uniform_schedule and args.flow_schedule_auto_shift and args.validation_guidance == 4.0
+
+
+def test_the_config_of_an_adapter_and_its_library_of_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_lora_sd3.py"])
+    path, library = tmp_path / "config.json", tmp_path / "library.json"
+    library.write_text(json.dumps({"one": "a cat", "two": "a dog, at night"}))
+    path.write_text(OF_A_LORA.replace("LIBRARY", str(library)))
+    args = parse_lora_sd3(f"--config_file={path}", "--train_data_dir=images")
+    assert args.validation_prompt == ["your main test prompt here", "a cat", "a dog, at night"]
+    assert (args.base_model_precision, args.text_encoder_3_precision) == ("int8-quanto", "no_change")
+    assert args.optimizer == "adamw_bf16"
+    assert args.validation_resolution == [(1024, 1024), (1280, 768)] and dialects.script_of(path) == "train_lora_sd3.py"
+    args = parse_lora_sd3(f"--config_file={path}", "--train_data_dir=images", "--validation_prompts", "x", "y")
+    assert args.validation_prompt == ["x", "y", "a cat", "a dog, at night"]
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, ["cannot read", "library.json"]), ("[", ["not valid JSON"]), ('["a"]', ["must hold one object"]),
+    ('{"a": 3}', ["must hold one object"]), ('{"a": "--seed"}', ["a looks like a flag"])])
+def test_libraries_that_are_none(tmp_path, content, words):
+    path = tmp_path / "library.json"
+    if content:
+        path.write_text(content)
+    with pytest.raises(dialects.DialectError) as error:
+        dialects.translate([f"--user_prompt_library={path}"])
+    assert all(word in str(error.value) for word in ["--user_prompt_library", *words]), error.value
+
+
+def test_config_env(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_lora_sd3.py"])
+    path = tmp_path / "config.env"
+    path.write_text(OF_ENV)
+    args = parse_lora_sd3(f"--config_file={path}", "--train_data_dir=images", "--max_train_steps=3")
+    assert args.output_dir == "/home/user/models"
+    assert args.pretrained_model_name_or_path == "stabilityai/stable-diffusion-3.5-large"
+    assert (args.validation_guidance, args.validation_prompt) == (3.0, ["a cat, at night"]) and args.validation_seed is None
+    assert (args.base_model_precision, args.rank, args.optimizer) == ("int8-quanto", 8, "adamw_bf16")
+    assert args.gradient_checkpointing and args.max_train_steps == 3 and dialects.script_of(path) == "train_lora_sd3.py"
+
+
+@pytest.mark.parametrize("line, words", [("A=$(rm x)", ["commands are not run"]), ("not so", ["line 1", "NAME="]),
+                                         ('A="x', ["No closing quotation"]), ("A=1 B=2", ["line 1"])])
+def test_mistakes_in_config_env(tmp_path, line, words):
+    (tmp_path / "config.env").write_text(line)
+    with pytest.raises(dialects.DialectError) as error:
+        dialects.read_config(tmp_path / "config.env")
+    assert all(word in str(error.value) for word in ["config.env", *words]), error.value
+
+
+def test_capitals_in_a_json_are_flags_too(tmp_path):
+    file = write(tmp_path, "json", {"VALIDATION_GUIDANCE": 3.0, "--FLOW_SCHEDULE_SHIFT": 1})
+    args = parse_sd3(file)
+    assert (args.validation_guidance, args.flow_schedule_shift) == (3.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["config_sd3", "config_sd3_stable", "config_sd3_low_memory"])
+def test_the_examples_of_sd3_are_understood(tmp_path, monkeypatch, capsys, name):
+    folder = Path(__file__).parents[2] / "config"
+    content = json.loads((folder / f"{name}.json.example").read_text())
+    if "user_prompt_library" in content:
+        content["user_prompt_library"] = str(folder / "user_prompt_library.json.example")
+    file = write(tmp_path, "json", content)
+    script = dialects.script_of(tmp_path / "config.json")
+    monkeypatch.setattr("sys.argv", [script])
+    args = train_sd3.parse_args([file]) if script == "train_sd3.py" else parse_lora_sd3(file)
+    assert capsys.readouterr().err == "" and "3.5" in args.pretrained_model_name_or_path    # no flag without effect
+    if name == "config_sd3_stable":
+        assert (args.optimizer, args.flow_schedule_shift, args.learning_rate, args.max_grad_norm, args.base_model_precision,
+                args.validation_guidance_skip_layers) == ("adamw_bf16", 1.0, 1e-4, 0.1, "int8-quanto", [7, 8, 9])
+        assert args.train_batch_size * args.gradient_accumulation_steps == 4 * 3
+    elif name == "config_sd3_low_memory":
+        assert (args.optimizer, args.base_model_precision, args.resolution, args.train_batch_size,
+                args.gradient_accumulation_steps) == ("bnb-lion8bit-paged", "nf4-bnb", (512, 512), 1, 1)
+    else:
+        assert len(args.validation_prompt) == 4 and args.optimizer == "stableadamw"
+
+
+def test_layers_that_keep_their_precision():
+    args = parse_lora_sd3(*NEEDED, "--quantize_exclude", "pos_embed*", "*.norm1.*")
+    assert args.quantize_exclude == ["pos_embed*", "*.norm1.*"]

@@ -35,12 +35,17 @@ def parser_of(name: str = "train_sdxl.py") -> flags.Parser:
 
 
 ACTIONS = {action.dest: action for action in parser_of()._actions if action.dest != "help"}
+OF_SD3 = {action.dest: action for action in parser_of("train_sd3.py")._actions if action.dest not in {"help", *ACTIONS}}
 
 
-def refused(capsys, *argv) -> str:
+def parse_sd3(*argv):
+    return script("train_sd3.py").parse_args([*NEEDED, *map(str, argv)])
+
+
+def refused(capsys, *argv, name: str = "train_sdxl.py") -> str:
     """The one line said to a command line that is refused."""
     with pytest.raises(SystemExit) as ending:
-        script().parse_args(list(argv))
+        script(name).parse_args(list(argv))
     said = capsys.readouterr().err
     assert ending.value.code == 2 and said.count("\n") == 1 and said.startswith(Path(sys.argv[0]).name + ": error: ")
     return said
@@ -122,16 +127,18 @@ def test_the_command_line_of_ascends_scripts(apart):
     assert {name: args[name] for name in expected} == expected
 
 
-def test_every_flag_is_read_by_something_that_acts_on_it():
-    read = {"config_file"}    # read by dialects.translate, before there are arguments
+@pytest.mark.parametrize("name, flags", [("train_sdxl.py", {*ACTIONS}), ("train_sd3.py", {*OF_SD3})])
+def test_every_flag_is_read_by_something_that_acts_on_it(name, flags):
+    # read by dialects.translate, before there are arguments; by a name that is put together; and by flags_sd3.density
+    read = {"config_file", "text_encoder_3_precision", "flow_use_uniform_schedule", "flow_use_beta_schedule"}
     assert "--config_file" in (REPOSITORY / "library/dialects.py").read_text()
-    for path in [REPOSITORY / "train_sdxl.py", *REPOSITORY.glob("library/*/**/*.py")]:    # flags.check alone would be no use
+    for path in [REPOSITORY / name, *REPOSITORY.glob("library/*/**/*.py")]:    # flags.check alone would be no use
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and "getattr(args, " in ast.unparse(node):    # by names that it lists
                 read |= {each.value for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)}
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
                 read.add(node.attr)
-    assert set(ACTIONS) - read == set()
+    assert flags - read == set()
 
 
 def test_nothing_writes_to_the_arguments():
@@ -144,7 +151,8 @@ def test_nothing_writes_to_the_arguments():
 
 
 def test_no_shared_flag_is_declared_twice():
-    declared = ["minimum_image_size", "maximum_image_size", "target_downsample_size"]    # in a loop
+    declared = ["minimum_image_size", "maximum_image_size", "target_downsample_size"]    # in a loop, and so are
+    declared += [name for name in OF_SD3 if name.endswith(("_dropout_rate", "_uncond_behaviour"))]
     for path in [*REPOSITORY.glob("train_*.py"), *REPOSITORY.glob("library/flags*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
@@ -152,7 +160,7 @@ def test_no_shared_flag_is_declared_twice():
                 if ast.unparse(node.func).split(".")[-1] in ("add", "add_argument", "switch") and named:
                     declared.append(named[0].lstrip("-"))
     known = {action.dest for name in SCRIPTS if name.startswith("train_") for action in parser_of(name)._actions} - {"help"}
-    assert set(declared) == known and len(set(declared)) == len(declared)
+    assert set(declared) == known | {"quantize_exclude"} and len(set(declared)) == len(declared)
 
 
 # mistakes
@@ -169,11 +177,12 @@ def test_an_unknown_flag_names_the_nearest(capsys, typed, near):
     assert (f"did you mean {near}?" in said) if near else "--help" in said
 
 
-@pytest.mark.parametrize("action", [action for action in ACTIONS.values() if action.type or action.choices], ids=lambda a: a.dest)
+@pytest.mark.parametrize("action", [action for action in [*ACTIONS.values(), *OF_SD3.values()] if action.type or action.choices],
+                         ids=lambda a: a.dest)
 def test_a_bad_value_names_its_flag(capsys, action):
     flag = action.option_strings[0]
     for argv in ([f"{flag}=@bad"], [flag, "@bad"]):
-        said = refused(capsys, *NEEDED, *argv)
+        said = refused(capsys, *NEEDED, *argv, name="train_sd3.py" if action.dest in OF_SD3 else "train_sdxl.py")
         assert f"{flag}:" in said and "@bad" in said
 
 
@@ -241,3 +250,67 @@ def test_only_the_first_process_names_it(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     parse("--ema_decay=0.9")
     assert capsys.readouterr().err == ""
+
+
+# SD3
+
+def test_defaults_of_sd3():
+    args = parse_sd3()
+    expected = dict(weighting_scheme="logit_normal", logit_mean=0.0, logit_std=1.0, mode_scale=1.29, precondition_outputs=False,
+                    flow_schedule_shift=3.0, flow_schedule_auto_shift=False, flow_use_uniform_schedule=False,
+                    flow_use_beta_schedule=False, tokenizer_max_length=154, t5_padding="unmodified", no_t5=False,
+                    apply_lg_attn_mask=False, apply_t5_attn_mask=False, clip_l_dropout_rate=0.0, clip_g_dropout_rate=0.0,
+                    t5_dropout_rate=0.0, sd3_clip_uncond_behaviour="empty_string", sd3_t5_uncond_behaviour="empty_string",
+                    text_encoder_3_precision="no_change", spike_guard="off", spike_factor=10.0,
+                    validation_guidance_skip_layers=None, validation_guidance_skip_layers_start=0.01,
+                    validation_guidance_skip_layers_stop=0.2, validation_guidance_skip_scale=2.8)
+    assert {name: getattr(args, name) for name in OF_SD3} == expected
+    assert args.output_dir == "sd3-model-finetuned" and "stable-diffusion-3.5" in args.single_file_config
+    gone = {"prediction_type", "snr_gamma", "zero_terminal_snr"} | {name for name in ACTIONS if name.startswith("timestep_bias")}
+    assert {*ACTIONS} - {*vars(args)} == gone
+
+
+@pytest.mark.parametrize("flags, density", [
+    ((), "logit_normal"), (("--weighting_scheme", "mode"), "mode"), (("--weighting_scheme", "cosmap"), "uniform"),
+    (("--weighting_scheme", "sigma_sqrt"), "uniform"), (("--weighting_scheme", "none"), "uniform"),
+    (("--flow_use_uniform_schedule",), "uniform"), (("--flow_use_beta_schedule",), "beta"),
+    (("--weighting_scheme", "cosmap", "--flow_use_beta_schedule"), "beta")])
+def test_the_density_that_the_flags_ask_for(flags, density):
+    from library import flags_sd3
+    from library.diffusion import flow
+    assert flags_sd3.density(parse_sd3(*flags)) == density and density in flow.DENSITIES and flags_sd3.SCHEMES == flow.SCHEMES
+
+
+@pytest.mark.parametrize("value, truth", [("1", True), ("0", False), ("true", True), (None, True)])
+def test_precondition_outputs_is_a_switch_that_takes_numbers(value, truth):
+    assert parse_sd3("--precondition_outputs", *([value] if value else [])).precondition_outputs is truth
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--flow_use_uniform_schedule", "--flow_use_beta_schedule"], ["exclude each other"]),
+    (["--flow_use_beta_schedule", "--weighting_scheme=mode"], ["--weighting_scheme mode", "--flow_use_beta_schedule"]),
+    (["--validation_guidance_skip_layers_start=0.5"], ["_start must be below --validation_guidance_skip_layers_stop"]),
+    (["--resolution=1000"], ["--resolution 1000,1000", "multiple of 16"]),
+    (["--validation_resolution=512,520"], ["--validation_resolution 512,520"]),
+    (["--enable_bucket", "--bucket_reso_steps=8"], ["--bucket_reso_steps 8"]),
+    (["--save_model_as=ckpt"], ["--save_model_as ckpt"]),
+    (["--spike_factor=1"], ["more than 1"]), (["--mode_scale=2"], ["at most 1.75"]),
+    (["--snr_gamma=5"], ["no flag --snr_gamma"]),
+    (["--validation_guidance_skip_layers=[7,x]"], ["'x'"]), (["--tokenizer_max_length=100"], ["77, 154, 256"])])
+def test_contradictions_of_sd3(capsys, argv, words):
+    said = refused(capsys, *NEEDED, *argv, name="train_sd3.py")
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("flag, value, why, partner", [
+    ("logit_mean", "1", "with --flow_use_uniform_schedule", None), ("mode_scale", "1", "without --weighting_scheme mode", None),
+    ("flow_schedule_shift", "1", "with --flow_schedule_auto_shift", None), ("spike_factor", "5", "without --spike_guard", None),
+    ("t5_padding", "zero", "with --no_t5", None),
+    ("validation_guidance_skip_layers", "7", "without guidance: --validation_guidance above 1", "--validation_guidance=1"),
+    ("validation_guidance_skip_layers", "7", "as none of 3 steps lies between 0.01 and 0.2 of them",
+     "--validation_num_inference_steps=3"),
+    ("validation_guidance_skip_scale", "2", "without --validation_guidance_skip_layers", None)])
+def test_a_flag_of_sd3_that_has_no_effect_is_named(capsys, flag, value, why, partner):
+    why_flags = [word for word in why.split() if word.startswith("--") and "with " in why]
+    parse_sd3(f"--{flag}={value}", "--validation_prompt=a cat", *([partner] if partner else why_flags))
+    assert capsys.readouterr().err == f"{Path(sys.argv[0]).name}: note: --{flag} has no effect {why}\n"

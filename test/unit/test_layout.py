@@ -11,7 +11,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(REPOSITORY.glob("*.py"))
 LIBRARY = sorted(REPOSITORY.glob("library/**/*.py"))
-STANDARD = {"flags", "flags_data", "flags_adapter", "dialects", "parser", "errors"}    # modules of the standard library alone
+# modules of the standard library alone
+STANDARD = {"flags", "flags_data", "flags_adapter", "flags_sd3", "dialects", "config_files", "parser", "errors"}
 LEAVES = {f"library.data.{name}" for name in ("geometry", "aspect", "captions", "sampler", "draws", "specs")}
 # who may import whom, beside the modules that lie directly in library/
 MAY_IMPORT = {"data": {"data", "training"}, "training": {"training", "data"}, "diffusion": {"diffusion"},

@@ -15,8 +15,8 @@ from PIL import Image
 import train_sdxl
 from library.data import dataset, draws, loader
 from library.diffusion import ddpm
-from library.models import sdxl, sdxl_cache
-from library.models.sdxl_encoders import Encoders
+from library.models import caching, sdxl
+from library.models.encoders import Encoders
 
 B, T = 4, 1000
 PLAIN = dict(strategy="none", multiplier=1.0, begin=0, end=T, portion=0.25)
@@ -122,7 +122,7 @@ def test_time_ids_reach_the_unet_as_they_are(unet, batch, tiny_model, autocast):
 
 def encoders_of(parse, *flags) -> tuple:
     args = parse(*flags)
-    return args, Encoders(args, sdxl.find_base(args), CPU)
+    return args, Encoders(sdxl, args, sdxl.find_base(args), CPU)
 
 
 def test_prompt_embeddings_are_those_of_the_pipeline(parse, tiny_model):
@@ -133,7 +133,7 @@ def test_prompt_embeddings_are_those_of_the_pipeline(parse, tiny_model):
     assert hidden.shape == (len(PROMPTS), 77, 48) and pooled.shape == (len(PROMPTS), 32)
     torch.testing.assert_close(encoded["hidden"], hidden, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(encoded["pooled"], pooled, rtol=1e-6, atol=1e-6)
-    assert encoders.truncated == {PROMPTS[-2], LONG}    # 75 tokens fit
+    assert encoders.truncated == {"--max_token_length 77": {PROMPTS[-2], LONG}}    # 75 tokens fit
 
 
 def kohya(prompt: str, tokenizer, encoder, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -168,12 +168,12 @@ def test_long_prompts_are_cut_as_kohya_cuts_them(parse, length):
             (one, _), (two, pooled) = (kohya(prompt, *pair, length) for pair in pairs)
         torch.testing.assert_close(encoded["hidden"][row], torch.cat([one, two], dim=-1), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(encoded["pooled"][row], pooled, rtol=1e-5, atol=1e-5)
-    assert encoders.truncated == {LONG}
+    assert encoders.truncated == {f"--max_token_length {length}": {LONG}}
 
 
 def test_bf16_encodes_as_the_pipeline_in_bf16(parse, tiny_model):
     args = parse("--mixed_precision", "bf16")
-    encoders = Encoders(args, sdxl.find_base(args), SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16"))
+    encoders = Encoders(sdxl, args, sdxl.find_base(args), SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16"))
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model, dtype=torch.bfloat16)
     hidden, _, pooled, _ = pipeline.encode_prompt(PROMPTS[:3], device="cpu", do_classifier_free_guidance=False)
     encoded = encoders.encode_prompts(PROMPTS[:3])
@@ -201,8 +201,8 @@ def test_latents_are_those_of_diffusers(parse, tmp_path, tiny_images, model_and_
     flags = ("--pretrained_model_name_or_path", folder, "--center_crop", "--embedding_cache_dir", tmp_path / "cache")
     args, encoders = encoders_of(parse, *flags, f"--cache_latents={cached}")
     data = dataset.load(args, 1, tmp_path / "scan", decode=False)
-    data, order, steps, latents = sdxl_cache.cache_images(args, encoders, data, 1, 1, tmp_path / "cache")
-    prompts = sdxl_cache.cache_captions(args, encoders, data, order, steps, tmp_path / "cache")
+    data, order, steps, latents = caching.cache_images(args, encoders, data, 1, 1, tmp_path / "cache")
+    prompts = caching.cache_captions(args, encoders, data, order, steps, tmp_path / "cache")
     made = loader.Loader(data, order, latents, prompts, args, 1, CPU)
     ours, (rows, visits, _) = made.compose(0, 0)["latents"], made.samples(0, 0)
     draw = torch.from_numpy(np.stack([draws.generator(1, int(row), int(visit), draws.LATENT).standard_normal(

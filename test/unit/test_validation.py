@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 
 from library.diffusion.ema import EMA
-from library.models.sdxl_encoders import Prompt
+from library.models.encoders import Prompt
 from library.validation import images
 
 SIZES = [(64, 64), (96, 64)]

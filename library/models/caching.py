@@ -1,6 +1,7 @@
-"""The caches of an SDXL run: what is missing is encoded before the first step."""
+"""The caches of a run: what is missing is encoded before the first step."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,7 @@ from library.data.ondemand import OnDemand
 from library.data.sampler import Sampler
 from library.data.scan import name_faults
 from library.diffusion.latents import latent_scale
-from library.models import sdxl
-from library.models.sdxl_encoders import Encoders
+from library.models.encoders import Encoders
 from library.training.accelerator import say
 from library.training.plan import total_steps
 
@@ -26,7 +26,7 @@ def cache_images(args, encoders: Encoders, data: Data, seed: int, batches_a_step
     batches_a_step: accumulation x processes. Images that cannot be decoded are all named; with --skip_bad_images the data
     come back without them.
     """
-    shift, scale = latent_scale(sdxl.vae_config(encoders.base))
+    shift, scale = latent_scale(encoders.model.vae_config(encoders.base))
     recipe = encoders.latent_recipe(folder / "weights.json", args.image_interpolation_mode)
     stores = _open_stores(data, folder / "latents")
     while True:
@@ -44,14 +44,15 @@ def cache_images(args, encoders: Encoders, data: Data, seed: int, batches_a_step
 
 def cache_evaluation(args, encoders: Encoders, data: Data, prompts: PromptSource, accelerator, folder: Path) -> Loader:
     """Encode the images kept out of training -> batches of them. Their prompts are in `cache_captions`."""
-    shift, scale = latent_scale(sdxl.vae_config(encoders.base))
+    shift, scale = latent_scale(encoders.model.vae_config(encoders.base))
     recipe = encoders.latent_recipe(folder / "weights.json", args.image_interpolation_mode)
     stores, most = _open_stores(data, folder / "latents"), [1] * len(data.table.sets)
     while faults := _encode(args, encoders, data, stores, recipe, most):
         _name_all(faults, data, args.skip_bad_images)
         data = data.without(faults)
     latents = LatentSource(stores, recipe, most, len(shift), shift, scale, encoders.encode_images)
-    return Loader(data, None, latents, replace(prompts, most=most, warmup=[0.0] * len(most)), args, 0, accelerator)
+    told = replace(prompts, most=most, warmup=[0.0] * len(most), dropout=(0.0,) * len(prompts.dropout))
+    return Loader(data, None, latents, told, args, 0, accelerator)
 
 
 def _encode(args, encoders: Encoders, data: Data, stores: list, recipe: str, most: list) -> dict[int, str]:
@@ -93,7 +94,7 @@ def _name_all(faults: dict[int, str], data: Data, skip: bool) -> None:
 def cache_captions(args, encoders: Encoders, data: Data, order: Sampler, steps: int, folder: Path) -> PromptSource:
     """Encode every prompt the run can show, validation's included -> where prompts come from.
 
-    Text encoders that are trained are asked anew in every step, and so are prompts that grow tag by tag.
+    Text encoders that are trained are asked anew in every step, and all of them are where prompts grow tag by tag.
     """
     table = data.table
     most = [min(args.cache_variants, seen) for seen in order.visits(steps, len(table.sets))]
@@ -103,25 +104,25 @@ def cache_captions(args, encoders: Encoders, data: Data, order: Sampler, steps: 
     prompts += [*args.validation_prompt, args.validation_negative_prompt or ""]
     warmup = [spec.text.warmup_steps * (steps if spec.text.warmup_steps < 1 else 1) for spec in table.sets]
     store, recipe, tokenize, mode = None, "", encoders.tokenize, data.described.prompts
-    if not args.cache_text_encoder_outputs or args.train_text_encoder or any(
-            captions.endless(spec.text) for spec in table.sets):
+    if not args.cache_text_encoder_outputs or not encoders.kept or any(captions.endless(spec.text) for spec in table.sets):
         mode = "off"
     if mode == "off":
         encoders.note_long(prompts)
         most = [None] * len(table.sets)
     else:
-        store, tokenize = _open(data.described.prompt_dir or folder / "prompts"), None
+        store = _open(data.described.prompt_dir or folder / "prompts")
+        tokenize = partial(encoders.tokenize, parts=encoders.trained) if encoders.trained else None
         recipe = encoders.prompt_recipe(folder / "weights.json")
     if mode == "disk":
         batch_size = data.described.prompt_batch_size or args.text_encoder_batch_size
-        prepare.cache_prompts(prompts, store, recipe, batch_size, lambda: encoders.encode_prompts)
+        prepare.cache_prompts(prompts, store, recipe, batch_size, lambda: encoders.encode_kept)
     elif mode == "ondemand":
         store = OnDemand(store)
-    if encoders.truncated:
-        longest = max(encoders.truncated, key=len)
-        say(f"{len(encoders.truncated)} captions are longer than --max_token_length {args.max_token_length} and are cut, "
-            f"such as {longest[:80]!r}")
-    return PromptSource(store, recipe, most, tokenize, warmup, encoders.encode_prompts)
+    for limit, cut in encoders.truncated.items():
+        if cut:
+            say(f"{len(cut)} captions are longer than {limit} and are cut, such as {max(cut, key=len)[:80]!r}")
+    return PromptSource(store, recipe, most, tokenize, warmup, encoders.encode_kept, encoders.kept, encoders.assemble,
+                        tuple(rate for rate, _ in encoders.dropout))
 
 
 def _open(folder: Path) -> Store:
