@@ -44,7 +44,7 @@ def find_base(args) -> Base:
     path = find_model(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", PARTS, args.revision, args.variant)
     configs = path
     if path.is_file():
-        configs = find_model(args.single_file_config, "--single_file_config", PARTS[4:], None, None)
+        configs = find_model(args.single_file_config, "--single_file_config", PARTS[4:], loose=("*/config.json",))
     vae = None
     if args.pretrained_vae_model_name_or_path:
         vae = find_model(args.pretrained_vae_model_name_or_path, "--pretrained_vae_model_name_or_path", (),
