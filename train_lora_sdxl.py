@@ -124,11 +124,11 @@ def main(args):
         sdxl.enable_gradient_checkpointing(networks)
     for network in networks.values():
         quantize.leave_out_of_ddp(network.train())
-    average = ema.EMA(unet, args.ema_decay) if args.use_ema else None
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
 
     # optimizer: the schedule counts optimizer steps, whatever the accumulation or the number of processes
     groups = adapters.parameter_groups(networks, optimizers.learning_rates(args, global_batch), rates)
+    average = ema.EMA(unet, args.ema_decay) if args.use_ema else None    # of what is trained, which the rates decide
     optimizer = optimizers.from_groups(args, groups, device.type)
     lr_schedule = optimizers.make_lr_schedule(args, optimizer, steps)
     everything = torch.nn.ModuleList(networks.values())

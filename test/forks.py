@@ -1,13 +1,14 @@
-"""Runs of train_sdxl.main as processes of their own, forked from a warm parent: real processes without 7 s of imports.
+"""Runs of a training script's main as processes of their own, forked from a warm parent: without 7 s of imports.
 
-The parent (the fork server of `multiprocessing`) has imported what a run imports, and holds one thread, no
-accelerator and no process group. What it forks computes the bits of a fresh `python train_sdxl.py`: test_kill.py
-continues one by the other.
+The parent (a fork server of `multiprocessing`, one a script: diffusers looks for PEFT once, and only one of them has it)
+has imported what a run imports, and holds one thread, no accelerator and no process group. What it forks computes the
+bits of a fresh `python train_sdxl.py`: test_kill.py continues one by the other.
 """
 
 import contextlib
 import ctypes
-import multiprocessing
+import importlib
+import multiprocessing.forkserver
 import os
 import resource
 import socket
@@ -17,6 +18,7 @@ import threading
 import time
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _WARM = "FORKS_WARM"
@@ -30,18 +32,20 @@ def flags(model, images, output, *more) -> list[str]:
 
 
 class Run:
-    """A run in a process of its own; what it prints lies in the file `log`.
+    """A run of a script (by the name of its module) in a process of its own; what it prints lies in the file `log`.
 
     setting: env, added to its environment; file_limit, bytes that a file may have, as on a full disk; humble=True,
     without root's right to any file; shard_bytes, the size of the caches' shards; plots=True, with the report's plots,
     which take half of the time of so short a run.
     """
 
-    def __init__(self, flags: list[str], log: Path, **setting):
+    def __init__(self, flags: list[str], log: Path, script: str = "train_sdxl", **setting):
         self.log = Path(log)
         self.log.write_text("")
-        self._process = _server().Process(target=_run, args=(flags, str(log)), kwargs=setting, daemon=True)
-        self._process.start()
+        context = multiprocessing.get_context("forkserver")
+        self._process = context.Process(target=_run, args=(script, flags, str(log)), kwargs=setting, daemon=True)
+        with mock.patch.object(multiprocessing.forkserver, "connect_to_new_process", _server(script).connect_to_new_process):
+            self._process.start()
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -72,10 +76,10 @@ def run(flags: list[str], log: Path, status: int = 0, **setting) -> str:
     return made.text()
 
 
-def together(flags: list[str], log: Path, processes: int) -> list[Run]:
+def together(flags: list[str], log: Path, processes: int, **setting) -> list[Run]:
     """The processes of one run, as `torch.distributed.run` would start them."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-    return [Run(flags, log.with_name(f"{log.name}.{rank}"), env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    return [Run(flags, log.with_name(f"{log.name}.{rank}"), env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **setting)
             for rank in range(processes)]
 
 
@@ -95,25 +99,23 @@ def until(condition, seconds: float = 120, pause: float = 0.001):
 
 
 @cache
-def _server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "forks"])
+def _server(script: str) -> multiprocessing.forkserver.ForkServer:
+    server = multiprocessing.forkserver.ForkServer()
+    server.set_forkserver_preload(["pytest", "forks"])
     before = dict(os.environ)
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "test"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.environ.update({_WARM: "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    os.environ.update({_WARM: script, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
     try:
-        multiprocessing.forkserver.ensure_running()
+        server.ensure_running()
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return context
+    return server
 
 
-def _warm() -> None:
-    del os.environ[_WARM]
+def _warm(script: str) -> None:
     import torch.utils.tensorboard  # noqa: F401
-
-    import train_sdxl  # noqa: F401
+    importlib.import_module(script)
     from library.models import sdxl
     from library.training.accelerator import calm
     calm()
@@ -128,7 +130,7 @@ def _warm() -> None:
     assert len(threads) == 1, "a parent with threads must not fork"
 
 
-def _run(flags: list[str], log: str, env: dict | None = None, file_limit: int | None = None, humble: bool = False,
+def _run(script: str, flags: list[str], log: str, env: dict | None = None, file_limit: int | None = None, humble: bool = False,
          shard_bytes: int | None = None, plots: bool = False) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
@@ -138,20 +140,20 @@ def _run(flags: list[str], log: str, env: dict | None = None, file_limit: int | 
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if humble:    # no capability is left
         ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-    sys.argv = ["train_sdxl.py", *flags]
+    sys.argv = [f"{script}.py", *flags]
     from tqdm import tqdm
 
-    import train_sdxl
     from library import errors
     from library.data import cache
+    module = importlib.import_module(script)
     tqdm.set_lock(threading.RLock())    # its own is a semaphore that multiprocessing would miss after a kill
     cache.SHARD_BYTES = shard_bytes or cache.SHARD_BYTES
     if not plots:
-        train_sdxl.report.write_loss_curve = lambda folder: folder
-        train_sdxl.report.write_report = lambda folder, **_: folder
-    with errors.exit_on_user_error("train_sdxl.py"):
-        train_sdxl.main(train_sdxl.parse_args(flags))
+        module.report.write_loss_curve = lambda folder: folder
+        module.report.write_report = lambda folder, **_: folder
+    with errors.exit_on_user_error(f"{script}.py"):
+        module.main(module.parse_args(flags))
 
 
-if os.environ.get(_WARM):
-    _warm()
+if _WARM in os.environ:
+    _warm(os.environ.pop(_WARM))
