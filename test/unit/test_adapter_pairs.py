@@ -40,7 +40,7 @@ RATES = dict.fromkeys(optimizers.TABLE, 0.03) | {name: 1.0 for name in HERE if n
                                                     "optimi-ranger": 0.1}
 SETTINGS = {name: ["min_8bit_size=1"] for name in HERE if name.startswith("bnb-") and "8bit" in name} | {
     "adamw_8bit": ["min_8bit_size=1"], "dadapt-lion": ["d0=1e-3"], "dadapt-sgd": ["d0=1e-2"], "dadapt-adagrad": ["d0=1e-2"],
-    "dadapt-adan": ["d0=1e-4", "growth_rate=1.2"]}
+    "dadapt-adan": ["d0=1e-2", "growth_rate=1.02"]}
 
 
 def small_unet():
