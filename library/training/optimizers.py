@@ -54,7 +54,7 @@ TABLE = {
     "dadapt-lion": Entry("pytorch_optimizer.DAdaptLion", 8, "finds its rate: --learning_rate 1"),
     "dadapt-sgd": Entry("pytorch_optimizer.DAdaptSGD", 12, "finds its rate: --learning_rate 1"),
     "dadapt-adagrad": Entry("pytorch_optimizer.DAdaptAdaGrad", 12, "finds its rate: --learning_rate 1"),
-    "dadapt-adan": Entry("dadaptation.DAdaptAdan", 20, "finds its rate: --learning_rate 1"),    # pytorch-optimizer 4.1.0 squares twice
+    "dadapt-adan": Entry("dadaptation.DAdaptAdan", 20, "finds its rate: --learning_rate 1"),    # pytorch-optimizer's is wrong
     "adamw-schedulefree": Entry("pytorch_optimizer.ScheduleFreeAdamW", 8, FREE + "AdamW's rate or up to ten times it"),
     "radam-schedulefree": Entry("pytorch_optimizer.ScheduleFreeRAdam", 8, FREE + "needs no warm-up either"),
     "sgd-schedulefree": Entry("pytorch_optimizer.ScheduleFreeSGD", 4, FREE + "ten to fifty times SGD's rate"),
