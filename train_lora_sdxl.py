@@ -118,7 +118,7 @@ def main(args):
     # models: the frozen UNet (and text encoders), small or quantised, and the adapter on them in float32
     unet = sdxl_adapter.frozen_unet(args, base, base_precision, accelerator)
     networks = {"unet": unet} | sdxl.adapted_text_encoders(args, encoders)
-    settings = sdxl_adapter.put_on(networks, settings, start, seed)
+    settings = sdxl_adapter.put_on(networks, settings, start, seed, accelerator.mixed_precision != "no")
     running.say(adapters.describe(networks, settings.kind))
     if args.gradient_checkpointing:
         sdxl.enable_gradient_checkpointing(networks)

@@ -98,3 +98,12 @@ def test_what_cannot_be_is_refused(tiny_model, tiny_images, tmp_path, flags, wor
     assert not (tmp_path / "out").exists()    # before anything is made
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.mark.parametrize("kind", [(), ("--use_dora",), ("--lora_type", "lokr")], ids=lambda kind: " ".join(kind) or "lora")
+def test_fewer_casts_are_the_same_bits(train_lora, tmp_path, monkeypatch, kind):
+    from library.models import adapters
+    flags = ("--mixed_precision", "bf16", "--learning_rate", 0.01, "--lr_warmup_steps", 0, "--max_train_steps", 3, *kind)
+    fewer = losses(train_lora(*flags))
+    monkeypatch.setattr(adapters, "leave_casts_to_autocast", lambda network: None)
+    assert losses(train_lora(*flags, "--output_dir", tmp_path / "more")) == fewer
