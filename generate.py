@@ -3,7 +3,9 @@
     python generate.py --model out/my_model --prompt "a photo of a cat" --output_dir out/images
 
 Each image is a PNG that names its prompt, seed and settings in its metadata; all of them come together in grid.png.
-With --image, the drawing starts from a picture instead of from noise.
+With --image, the drawing starts from a picture instead of from noise. --lora adds adapters, each with a weight:
+
+    python generate.py --model out/my_model --lora style.safetensors=0.7 out/my_lora --prompt "a photo of a cat"
 """
 
 from library import errors, flags
@@ -16,6 +18,9 @@ def parse_args(argv=None):
     add("--model", required=True, help="a diffusers folder, a hub id, or one .safetensors/.ckpt file")
     add("--config", help="one-file model: folder or hub id of its configs and tokenizers")
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="precision of UNet and text encoders")
+    add("--lora", nargs="+", default=[], metavar="FILE[=WEIGHT]",
+        help="adapters of any kind (.safetensors of diffusers, PEFT, kohya, LyCORIS), or folders of train_lora_sdxl.py; each may "
+             "have a weight: cat.safetensors=0.7 (1 where none is given)")
     flags.switch(group, "raw", "the weights without averaging (EMA), where the folder has both")
     group = parser.add_argument_group("image")
     add = group.add_argument
@@ -55,7 +60,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from library.data import images
-from library.models import sdxl
+from library.models import adapter_find, sdxl
 from library.models.locate import find_model
 from library.training import accelerator as running
 from library.training import devices
@@ -84,6 +89,14 @@ def load_pipeline(args, device: str):
         pipeline.scheduler = getattr(diffusers, SCHEDULERS[args.scheduler]).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def add_adapters(pipeline, found: list[tuple[Path, float]]) -> None:
+    """Have the pipeline draw with these adapters, each with its weight: LoRAs beside the weights, other kinds in them."""
+    from library.models import adapter_files, adapter_merge    # with PEFT, which nothing else here needs
+    networks = {part: getattr(pipeline, part) for part in adapter_files.PARTS}
+    for adapter, weight in [(adapter_files.read(path, pipeline.unet.config), weight) for path, weight in found]:
+        adapter_merge.apply(adapter, networks, weight)
 
 
 def read_prompts(args) -> list[str]:
@@ -124,7 +137,10 @@ def save(image: Image.Image, path: Path, parameters: dict) -> None:
 @torch.no_grad()
 def main(args):
     prompts, start, device = read_prompts(args), read_start(args), devices.best()
+    loras = [adapter_find.find(text) for text in args.lora]
     pipeline, output = load_pipeline(args, device), Path(args.output_dir)
+    if loras:
+        add_adapters(pipeline, loras)
     output.mkdir(parents=True, exist_ok=True)
     if start:
         options = {"strength": args.strength}
@@ -155,6 +171,7 @@ def main(args):
             save(image, path, {
                 "prompt": prompt, "negative_prompt": args.negative_prompt, "seed": seed, "steps": args.steps,
                 "guidance": args.guidance, "size": f"{width}x{height}", "model": args.model,
+                **({"lora": ", ".join(args.lora)} if args.lora else {}),
                 "scheduler": type(pipeline.scheduler).__name__, **({"strength": args.strength} if start else {})})
             drawn.append(image)
         bar.update(len(batch))

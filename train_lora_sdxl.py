@@ -119,17 +119,17 @@ def main(args):
     # models: the frozen UNet (and text encoders), small or quantised, and the adapter on them in float32
     unet = sdxl_adapter.frozen_unet(args, base, base_precision, accelerator)
     networks = {"unet": unet} | sdxl.adapted_text_encoders(args, encoders)
-    settings = sdxl_adapter.put_on(networks, settings, start, seed)
+    settings = sdxl_adapter.put_on(networks, settings, start, seed, accelerator.mixed_precision != "no")
     running.say(adapters.describe(networks, settings.kind))
     if args.gradient_checkpointing:
         sdxl.enable_gradient_checkpointing(networks)
     for network in networks.values():
         quantize.leave_out_of_ddp(network.train())
-    average = ema.EMA(unet, args.ema_decay) if args.use_ema else None
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
 
     # optimizer: the schedule counts optimizer steps, whatever the accumulation or the number of processes
     groups = adapters.parameter_groups(networks, optimizers.learning_rates(args, global_batch), rates)
+    average = ema.EMA(unet, args.ema_decay) if args.use_ema else None    # of what is trained, which the rates decide
     optimizer = optimizers.from_groups(args, groups, device.type)
     lr_schedule = optimizers.make_lr_schedule(args, optimizer, steps)
     everything = torch.nn.ModuleList(networks.values())

@@ -47,14 +47,15 @@ def main() -> None:
     import train_sdxl
     from library.data import dataset, prepare
     from library.data.cache import Store
-    from library.models import sdxl, sdxl_encoders
+    from library.models import sdxl
+    from library.models.encoders import Encoders
     from library.training import accelerator as running
     torch.set_num_threads(1)
 
     with tempfile.TemporaryDirectory() as folder:
         run = train_sdxl.parse_args(flags(args.data, args.model, Path(folder) / "out"))
         accelerator = running.start(run)
-        encoders = sdxl_encoders.Encoders(run, sdxl.find_base(run), accelerator)
+        encoders = Encoders(sdxl, run, sdxl.find_base(run), accelerator)
         data = dataset.load(run, 0, Path(folder) / "scan", decode=False)
         table = data.table
         mode, size, seconds = run.image_interpolation_mode, args.batch_size, {"encoder": [], "pass": []}

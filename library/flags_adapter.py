@@ -93,6 +93,11 @@ def faults_of_adapter(args: argparse.Namespace) -> list[str]:
         faults.append("--lora_type lycoris and --network_module exclude each other: for the second, --network_args say it")
     if args.network_module and (args.loraplus_lr_ratio or any(getattr(args, name) for name in _BLOCK_RATES)):
         faults.append("with --network_module, rates go into --network_args: loraplus_lr_ratio=4 down_lr_weight=...")
+    rate = args.learning_rate if args.unet_lr is None else args.unet_lr
+    if rate == 0 and not (args.train_text_encoder and (args.learning_rate_te1 != 0 or args.learning_rate_te2 != 0)):
+        faults.append("--unet_lr 0 leaves nothing to train: give --train_text_encoder, or another rate")
+    elif rate == 0 and args.use_ema:
+        faults.append("--use_ema averages the UNet's adapter, and --unet_lr 0 freezes it: leave one out")
     if args.instance_data_dir and not args.instance_prompt:
         faults.append("--instance_data_dir needs --instance_prompt")
     if args.instance_prompt and not (args.instance_data_dir or args.dataset_name):

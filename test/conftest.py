@@ -39,21 +39,39 @@ def shared_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def parse(tiny_model, tiny_images, shared_cache, tmp_path):
-    """`parse(*flags)`: the arguments of a small run of train_sdxl.py; later flags go before earlier ones.
+def small_run(tiny_model, tiny_images, shared_cache, tmp_path):
+    """`small_run(*flags)`: the command line of a small run; later flags go before earlier ones.
 
     without: names of flags that are not to be given at all.
     """
-    import train_sdxl
     usual = {"pretrained_model_name_or_path": tiny_model, "train_data_dir": tiny_images, "output_dir": tmp_path / "out",
              "embedding_cache_dir": shared_cache, "resolution": 64, "train_batch_size": 2, "max_train_steps": 2, "seed": 1,
              "report_to": "none", "logging_steps": 1}
 
-    def parse(*flags, without=()):
-        given = [f"--{name}={value}" for name, value in usual.items() if name not in without]
-        return train_sdxl.parse_args([*given, *map(str, flags)])
+    def small_run(*flags, without=()):
+        return [*(f"--{name}={value}" for name, value in usual.items() if name not in without), *map(str, flags)]
 
-    return parse
+    return small_run
+
+
+@pytest.fixture
+def parse(small_run):
+    """`parse(*flags)`: the arguments of a small run of train_sdxl.py."""
+    import train_sdxl
+    return lambda *flags, without=(): train_sdxl.parse_args(small_run(*flags, without=without))
+
+
+@pytest.fixture
+def parse_lora(small_run, tmp_path):
+    """The same of train_lora_sdxl.py, whose adapter has rank 4 and lies in a folder of its own."""
+    import train_lora_sdxl
+    own = {"rank": 4, "output_dir": tmp_path / "lora"}
+
+    def parse_lora(*flags, without=()):
+        given = [f"--{name}={value}" for name, value in own.items() if name not in without]
+        return train_lora_sdxl.parse_args(small_run(*given, *flags, without=without))
+
+    return parse_lora
 
 
 @pytest.fixture
@@ -76,19 +94,26 @@ def one_process(monkeypatch):
         signal.signal(number, handler)
 
 
+def _run(module, args, one_process, monkeypatch, plots: bool) -> Path:
+    one_process()
+    with monkeypatch.context() as patch:
+        if not plots:    # half of the time of so short a run
+            patch.setattr(module.report, "write_loss_curve", lambda folder: folder)
+            patch.setattr(module.report, "write_report", lambda folder, **_: folder)
+        module.main(args)
+    return Path(args.output_dir)
+
+
 @pytest.fixture
 def train(parse, one_process, monkeypatch):
     """`train(*flags)`: a whole run in this process -> its output folder. The plots of the report are left out."""
     import train_sdxl
+    return lambda *flags, without=(), plots=False: _run(
+        train_sdxl, parse(*flags, without=without), one_process, monkeypatch, plots)
 
-    def train(*flags, without=(), plots=False):
-        one_process()
-        args = parse(*flags, without=without)
-        with monkeypatch.context() as patch:
-            if not plots:    # half of the time of so short a run
-                patch.setattr(train_sdxl.report, "write_loss_curve", lambda folder: folder)
-                patch.setattr(train_sdxl.report, "write_report", lambda folder, **_: folder)
-            train_sdxl.main(args)
-        return Path(args.output_dir)
 
-    return train
+@pytest.fixture
+def train_lora(parse_lora, one_process, monkeypatch):
+    """`train_lora(*flags)`: the same of train_lora_sdxl.py."""
+    import train_lora_sdxl
+    return lambda *flags, without=(): _run(train_lora_sdxl, parse_lora(*flags, without=without), one_process, monkeypatch, False)

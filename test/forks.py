@@ -1,14 +1,14 @@
-"""Runs of train_sdxl.main as processes of their own, forked from a warm parent: real processes without 7 s of imports.
+"""Runs of a training script's main as processes of their own, forked from a warm parent: without 7 s of imports.
 
-The parent (the fork server of `multiprocessing`) has imported what a run imports, and holds one thread, no
-accelerator and no process group. What it forks computes the bits of a fresh `python train_sdxl.py`: test_kill.py
-continues one by the other.
+The parent (a fork server of `multiprocessing`, one a script: diffusers looks for PEFT once, and only one of them has it)
+has imported what a run imports, and holds one thread, no accelerator and no process group. What it forks computes the
+bits of a fresh `python train_sdxl.py`: test_kill.py continues one by the other.
 """
 
 import contextlib
 import ctypes
 import importlib
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import resource
 import socket
@@ -18,6 +18,7 @@ import threading
 import time
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _WARM = "FORKS_WARM"
@@ -31,18 +32,20 @@ def flags(model, images, output, *more) -> list[str]:
 
 
 class Run:
-    """A run in a process of its own; what it prints lies in the file `log`.
+    """A run of a script (by the name of its module) in a process of its own; what it prints lies in the file `log`.
 
     setting: env, added to its environment; file_limit, bytes that a file may have, as on a full disk; humble=True,
     without root's right to any file; shard_bytes, the size of the caches' shards; plots=True, with the report's plots,
-    which take half of the time of so short a run; script, another one than train_sdxl.
+    which take half of the time of so short a run.
     """
 
-    def __init__(self, flags: list[str], log: Path, **setting):
+    def __init__(self, flags: list[str], log: Path, script: str = "train_sdxl", **setting):
         self.log = Path(log)
         self.log.write_text("")
-        self._process = _server().Process(target=_run, args=(flags, str(log)), kwargs=setting, daemon=True)
-        self._process.start()
+        context = multiprocessing.get_context("forkserver")
+        self._process = context.Process(target=_run, args=(script, flags, str(log)), kwargs=setting, daemon=True)
+        with mock.patch.object(multiprocessing.forkserver, "connect_to_new_process", _server(script).connect_to_new_process):
+            self._process.start()
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -96,44 +99,39 @@ def until(condition, seconds: float = 120, pause: float = 0.001):
 
 
 @cache
-def _server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "forks"])
+def _server(script: str) -> multiprocessing.forkserver.ForkServer:
+    server = multiprocessing.forkserver.ForkServer()
+    server.set_forkserver_preload(["pytest", "forks"])
     before = dict(os.environ)
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "test"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.environ.update({_WARM: "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    os.environ.update({_WARM: script, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
     try:
-        multiprocessing.forkserver.ensure_running()
+        server.ensure_running()
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return context
+    return server
 
 
-def _warm() -> None:
-    del os.environ[_WARM]
+def _warm(script: str) -> None:
     import torch.utils.tensorboard  # noqa: F401
-
-    import train_sd3  # noqa: F401
-    import train_sdxl  # noqa: F401
-    from library.models import sd3, sdxl
+    importlib.import_module(script)
     from library.training.accelerator import calm
     calm()
-    for part in sd3.PARTS[:5]:
-        sd3.class_of(part)
-    for part in sdxl.PARTS[:4]:
-        sdxl._class_of(part)
+    model = importlib.import_module("library.models." + ("sd3" if "sd3" in script else "sdxl"))
+    for part in model.PARTS[:2] + model.TEXT_ENCODERS:
+        model.class_of(part)
     import diffusers  # after what a run imports first
     import matplotlib.backends.backend_agg
     import matplotlib.backends.backend_svg
     import matplotlib.figure  # noqa: F401
-    _ = diffusers.StableDiffusionXLPipeline, diffusers.EulerDiscreteScheduler, diffusers.StableDiffusion3Pipeline
+    _ = diffusers.StableDiffusionXLPipeline, diffusers.StableDiffusion3Pipeline, diffusers.EulerDiscreteScheduler
     threads = os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else [0]
     assert len(threads) == 1, "a parent with threads must not fork"
 
 
-def _run(flags: list[str], log: str, env: dict | None = None, file_limit: int | None = None, humble: bool = False,
-         shard_bytes: int | None = None, plots: bool = False, script: str = "train_sdxl") -> None:
+def _run(script: str, flags: list[str], log: str, env: dict | None = None, file_limit: int | None = None, humble: bool = False,
+         shard_bytes: int | None = None, plots: bool = False) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(handle, stream)
@@ -147,9 +145,9 @@ def _run(flags: list[str], log: str, env: dict | None = None, file_limit: int | 
 
     from library import errors
     from library.data import cache
+    module = importlib.import_module(script)
     tqdm.set_lock(threading.RLock())    # its own is a semaphore that multiprocessing would miss after a kill
     cache.SHARD_BYTES = shard_bytes or cache.SHARD_BYTES
-    module = importlib.import_module(script)
     if not plots:
         module.report.write_loss_curve = lambda folder: folder
         module.report.write_report = lambda folder, **_: folder
@@ -157,5 +155,5 @@ def _run(flags: list[str], log: str, env: dict | None = None, file_limit: int | 
         module.main(module.parse_args(flags))
 
 
-if os.environ.get(_WARM):
-    _warm()
+if _WARM in os.environ:
+    _warm(os.environ.pop(_WARM))

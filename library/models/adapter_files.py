@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.models import adapters, single_file
+from library.models import single_file
+from library.models.adapter_find import DIFFUSERS_NAME
 from library.models.adapter_names import PARTS, sgm_names, split, to_kohya, to_lycoris
 from library.models.adapter_settings import SDXL_UNET, Settings
 
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 SETTINGS_KEY = "adapter_settings"    # of our header: the settings, as JSON
 _PEFT_HEADER = "lora_adapter_metadata"
 _KINDS = {"lora_down.weight": "lora", "hada_w1_a": "loha", "lokr_w1": "lokr", "lokr_w1_a": "lokr", "oft_blocks": "oft",
@@ -108,6 +108,7 @@ def save(path: str | Path, networks: dict[str, nn.Module], settings: Settings, f
 
     networks: {"unet": ..., "text_encoder": ...}, bare. metadata: for the header; what is not a str becomes JSON.
     """
+    from library.models import adapters  # with PEFT, which takes seconds to import; reading and writing files does without
     header = {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in (metadata or {}).items()}
     header[SETTINGS_KEY] = json.dumps(dataclasses.asdict(settings))
     modules = {f"{part}.{name}": own for part, network in networks.items() for name, own in adapters.weights(network).items()}
@@ -149,7 +150,7 @@ def write(path: str | Path, adapter: Adapter, fmt: str, unet_config=SDXL_UNET, d
     if fmt == "diffusers":
         header[_PEFT_HEADER] = json.dumps(_peft_configs(adapter), indent=2, sort_keys=True)
     header |= _hashes(tensors, {name: value for name, value in header.items() if name.startswith("ss_")})
-    single_file._write(path, tensors, header)
+    single_file.write(path, tensors, header)
     return path
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 from library.errors import UserError
-from library.models import adapter_files, adapters, quantize
+from library.models import adapter_files, adapter_merge, adapters, quantize
 from library.models.adapter_files import Adapter
 from library.models.adapter_settings import Rates, Settings, block_rates, check, from_kohya
 
@@ -18,9 +18,11 @@ def adapter_of(args, unet) -> tuple[Adapter | None, Settings, Rates, tuple[str, 
     """
     start, (settings, rates) = start_of(args, unet.config), settings_of(args, unet.config)
     formats = formats_of(args, start.kind if start else settings.kind)
-    if settings.kind == "lycoris" and not start:
+    if start:
+        adapter_merge.check_fits(start, {"unet": unet})
+    elif settings.kind == "lycoris":
         adapters.add(unet, [], settings)
-    elif not start:
+    else:
         adapters.targets(unet, settings)
     return start, settings, rates, formats
 

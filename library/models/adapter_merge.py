@@ -1,8 +1,9 @@
-"""Adapters that exist: what they change, merged into a model, put on one with a weight, and trained further."""
+"""Adapters that exist: merged into a model, put on one, and trained further."""
 
 import collections
 import dataclasses
 import json
+import warnings
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,78 +11,9 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models import adapters, lycoris
+from library.models.adapter_delta import delta
 from library.models.adapter_files import SETTINGS_KEY, Adapter, float_of, rank_of
 from library.models.adapter_settings import Settings, nearest
-
-
-def delta(own: dict[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What an adapter adds to the weight (float32, its shape) and bias of one module at weight 1.
-
-    own: the module's tensors, as `Adapter.modules` has them. Sources: LoRA 2106.09685, LoHa and LoKr 2108.06098 and LyCORIS
-    2309.14859, DoRA 2402.09353, OFT 2306.07280, GLoRA 2306.07967 (arXiv).
-    """
-    weight, rank = weight.detach().float(), rank_of(own)
-    alpha = own["alpha"].item() if "alpha" in own else 0.0
-    scale = alpha / rank if rank and "alpha" in own else 1.0
-    own = {name: tensor.to(weight.device, torch.float32) for name, tensor in own.items()}
-    if "diff" in own:
-        return own["diff"].reshape(weight.shape), own.get("diff_b")
-    if "w_norm" in own:
-        return own["w_norm"], own.get("b_norm")
-    if "oft_blocks" in own:
-        return _oft(own, weight, alpha * len(weight)), None
-    if "lora_down.weight" in own:
-        update = _product(own["lora_up.weight"], own["lora_down.weight"], own.get("lora_mid.weight"))
-    elif "hada_w1_a" in own:
-        update = _hadamard_factor(own, 1) * _hadamard_factor(own, 2)
-    elif "a1.weight" in own:
-        inner = own["a1.weight"].flatten(1) @ own["a2.weight"].flatten(1)    # [in, in]
-        outer = _product(own["b1.weight"], own["b2.weight"], own.get("bm.weight"))
-        update = torch.einsum("oi...,ij->oj...", weight, inner) + outer.reshape(weight.shape)
-    else:
-        first = own["lokr_w1"] if "lokr_w1" in own else own["lokr_w1_a"] @ own["lokr_w1_b"]
-        if "lokr_w2" in own:
-            second = own["lokr_w2"]
-        elif "lokr_t2" in own:
-            second = torch.einsum("ij...,jr,ip->pr...", own["lokr_t2"], own["lokr_w2_b"], own["lokr_w2_a"])
-        else:
-            second = own["lokr_w2_a"] @ own["lokr_w2_b"]
-        if weight.ndim == 4 and second.ndim == 2:    # the kernel lies in the last axis
-            second = second.reshape(len(second), -1, *weight.shape[2:])
-        update = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
-    update = update.reshape(weight.shape) * scale
-    return (_decomposed(weight + update, own["dora_scale"]) - weight if "dora_scale" in own else update), None
-
-
-def _product(up: Tensor, down: Tensor, mid: Tensor | None) -> Tensor:
-    if mid is None:
-        return up.flatten(1) @ down.flatten(1)
-    return torch.einsum("mn...,im,nj->ij...", mid, up.flatten(1), down.flatten(1))
-
-
-def _hadamard_factor(own: dict[str, Tensor], number: int) -> Tensor:
-    a, b, core = own[f"hada_w{number}_a"], own[f"hada_w{number}_b"], own.get(f"hada_t{number}")
-    return a @ b if core is None else torch.einsum("ij...,jr,ip->pr...", core, b, a)
-
-
-def _decomposed(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """DoRA: the direction of each output's weights (or each input's, by the magnitude's shape), times its magnitude."""
-    axes = [axis for axis in range(weight.ndim) if magnitude.shape[axis] == 1]
-    return weight * magnitude / torch.linalg.vector_norm(weight, dim=axes, keepdim=True)
-
-
-def _oft(own: dict[str, Tensor], weight: Tensor, limit: float) -> Tensor:
-    """Each block of outputs turned by the Cayley transform of its skew-symmetric matrix, then rescaled."""
-    blocks = own["oft_blocks"]                                                    # [blocks, size, size]
-    if blocks.ndim != 3:
-        raise UserError("this adapter is a butterfly OFT (boft), which cannot be merged here: use the program it was made with")
-    skew = blocks - blocks.mT
-    if limit > 0 and (norm := skew.norm() + 1e-8) > limit:
-        skew = skew * limit / norm
-    eye = torch.eye(blocks.shape[-1], device=weight.device)
-    turn = (eye + skew) @ torch.linalg.inv(eye - skew)
-    turned = torch.einsum("knm,kn...->km...", turn, weight.reshape(*blocks.shape[:2], *weight.shape[1:])).reshape(weight.shape)
-    return turned * own.get("rescale", torch.ones((), device=weight.device)) - weight
 
 
 def merge(adapter: Adapter, networks: dict[str, nn.Module], weight: float = 1.0) -> None:
@@ -107,6 +39,16 @@ def _sum(tensor: Tensor, added: Tensor, key: str) -> Tensor:
     if not new.isfinite().all():
         raise UserError(f"{key} with the adapter is not finite in {tensor.dtype}: use a smaller weight, or copy the file again")
     return new
+
+
+def check_fits(adapter: Adapter, networks: dict[str, nn.Module]) -> None:
+    """Refuse an adapter that was made for other networks (which may be on the meta device). Raises `UserError`.
+
+    Of a network that is None, nothing is looked at.
+    """
+    parts = [part for part, network in networks.items() if network is not None]
+    modules = {key: own for key, own in adapter.modules.items() if key.partition(".")[0] in parts}
+    _places(dataclasses.replace(adapter, modules=modules), networks)
 
 
 def _places(adapter: Adapter, networks: dict[str, nn.Module]):
@@ -148,20 +90,27 @@ def _fits(own: dict[str, Tensor], module: nn.Module) -> bool:
         return False
 
 
+def runs_beside(adapter: Adapter) -> bool:
+    """Whether `apply` computes this adapter beside the weights: then it sees them as they are, whatever the order."""
+    return adapter.kind == "lora" and not any("lora_mid.weight" in own for own in adapter.modules.values())
+
+
 def apply(adapter: Adapter, networks: dict[str, nn.Module], weight: float = 1.0) -> None:
     """Have the networks compute with an adapter: a LoRA beside the frozen weights, by PEFT; any other kind merged into them.
 
     weight: how much of it, on top of LyCORIS' own multiplier. May be called again for another adapter. Raises `UserError`.
     """
     weight = weight * adapter.multiplier
-    if adapter.kind != "lora" or any("lora_mid.weight" in own for own in adapter.modules.values()):
+    if not runs_beside(adapter):
         return merge(adapter, networks, weight)
     _places(adapter, networks)
     for part, network in networks.items():
         if own := _named_as_in(network, adapter.part(part)):
             name = f"adapter_{len(getattr(network, 'peft_config', {}))}"
             sizes = {module: (rank_of(tensors), float_of(tensors["alpha"])) for module, tensors in own.items()}
-            adapters.add_peft(network, Settings("lora"), sizes, name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")    # several is what is meant
+                adapters.add_peft(network, Settings("lora"), sizes, name)
             _load_peft(network, own, name)
             for layer in adapters.layers_of(network, name).values():
                 layer.set_scale(name, weight)
@@ -194,6 +143,8 @@ def start_from(adapter: Adapter, unet, text_encoders: list, settings: Settings, 
         taken = _settings_of(adapter, own, settings)
         used = taken if part == "unet" else used
         if adapter.kind in ("lycoris", "oft") or adapter.multiplier != 1:
+            if taken.dropout or taken.rank_dropout or taken.module_dropout:
+                raise UserError(f"an adapter of kind {adapter.kind} that exists is trained on without dropout: leave it out")
             adapters.targets(network, Settings(targets="all-linear"))    # refuses a second adapter
             network.requires_grad_(False)
             lycoris.rebuild(network, own, adapter.multiplier)

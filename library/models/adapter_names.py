@@ -38,7 +38,7 @@ def to_lycoris(key: str) -> str:
 
 def sgm_names(unet_config=SDXL_UNET) -> dict[str, str]:
     """SGM's name of a block, or of a layer in a resnet -> diffusers'."""
-    blocks = single_file.UNET_NAMES | single_file._unet_blocks(unet_config)
+    blocks = single_file.UNET_NAMES | single_file.unet_blocks(unet_config)
     names = {theirs: ours for ours, theirs in blocks.items()}
     for ours, theirs in blocks.items():
         if ".resnets." in ours:

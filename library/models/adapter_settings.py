@@ -12,9 +12,12 @@ from library.models import single_file
 KINDS = ("lora", "dora", "loha", "lokr", "oft", "lycoris")
 PRESETS = ("attention", "attention-ff", "convolutions", "kohya", "all-linear")
 INITS = ("kaiming", "gaussian", "pissa", "olora")
-# of SDXL's UNet, what the numbers of its blocks follow from
+# of SDXL's UNet, what is not diffusers' default
 SDXL_UNET = {"layers_per_block": 2, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
+             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (320, 640, 1280),
+             "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
+             "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+             "projection_class_embeddings_input_dim": 2816, "sample_size": 128}
 KOHYA_ARGS = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "rank_dropout",
               "module_dropout", "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold",
               "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
@@ -111,7 +114,7 @@ def block_of(module: str, unet_config) -> int | None:
 
     SDXL has 23: 0, 1-9 input, 10-12 middle, 13-21 output, 22 out. None: not a module of the UNet.
     """
-    names = single_file.UNET_NAMES | single_file._unet_blocks(unet_config)
+    names = single_file.UNET_NAMES | single_file.unet_blocks(unet_config)
     found = next((names[head] for head in names if module == head or module.startswith(head + ".")), None)
     if found is None:
         return None
@@ -221,7 +224,7 @@ def _rates(args: dict[str, str], unet_config) -> Rates:
 def _heads(unet_config) -> dict[int, list[str]]:
     """Number of a block -> the diffusers names of what lies in it."""
     heads = {number: [] for number in range(sum(_counts(unet_config)) + 2)}
-    for name in single_file._unet_blocks(unet_config) | single_file.UNET_NAMES:
+    for name in single_file.unet_blocks(unet_config) | single_file.UNET_NAMES:
         heads[block_of(name, unet_config)].append(name)
     return heads
 

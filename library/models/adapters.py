@@ -146,6 +146,16 @@ def add_peft(network: nn.Module, s: Settings, modules: dict[str, tuple[int, floa
             adapter_layers.drop_ranks_and_modules(layer, adapter, s.rank_dropout, s.module_dropout)
 
 
+def leave_casts_to_autocast(network: nn.Module) -> None:
+    """For runs in mixed precision, where every call is under autocast: the same bits with fewer casts.
+
+    PEFT brings each input to the float32 of the adapter's weights, and autocast brings both back. DoRA is left as it is: it
+    also divides by norms of float32.
+    """
+    for layer in layers_of(network).values():
+        layer.cast_input_dtype_enabled = bool(getattr(layer, "lora_magnitude_vector", None))
+
+
 def layers_of(network: nn.Module, adapter: str = NAME) -> dict[str, BaseTunerLayer]:
     """The layers that carry the PEFT adapter, by the name of the layer they stand in for."""
     return {name: module for name, module in network.named_modules()

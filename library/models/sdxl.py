@@ -21,7 +21,7 @@ def find_base(args) -> Base:
     path = find_model(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", PARTS, args.revision, args.variant)
     configs = path
     if path.is_file():
-        configs = find_model(args.single_file_config, "--single_file_config", PARTS[4:], None, None)
+        configs = find_model(args.single_file_config, "--single_file_config", PARTS[4:], loose=("*/config.json",))
     vae, tokenizers = parts.find_vae(args), parts.find_tokenizers(args, configs, PARTS[4:6])
     return parts.check_files(Base(path, configs, vae, tokenizers, args.variant), PARTS[:4])
 
@@ -35,7 +35,7 @@ def load_part(base: Base, part: str, dtype: torch.dtype | None, checkpoint: Path
     if place.is_file():
         from library.models import single_file
         return single_file.load_part(place, part, base.configs, dtype or torch.float32).requires_grad_(False)
-    return parts.load_network(_class_of(part), part, place, dtype, base.variant_of(place))
+    return parts.load_network(class_of(part), part, place, dtype, base.variant_of(place))
 
 
 def load_tokenizers(base: Base) -> list:
@@ -77,7 +77,7 @@ def empty_unet(base: Base):
     else:
         config = parts.config_of("UNet", folder)
     with torch.device("meta"):
-        return _class_of("unet").from_config(config)
+        return class_of("unet").from_config(config)
 
 
 def text_options(args, base: Base) -> dict:
@@ -173,7 +173,7 @@ def set_attention(unet, xformers: bool, npu: bool) -> None:
         unet.enable_npu_flash_attention()
 
 
-def _class_of(part: str):
+def class_of(part: str):
     with lean():
         if part == "unet":
             from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel as Model

@@ -41,15 +41,18 @@ def frozen_unet(args, base: sdxl.Base, precision: str, accelerator):
     return unet.to(accelerator.device)
 
 
-def put_on(networks: dict, settings: Settings, start: adapter_files.Adapter | None, seed: int) -> Settings:
+def put_on(networks: dict, settings: Settings, start: adapter_files.Adapter | None, seed: int, mixed: bool) -> Settings:
     """Put a new adapter, or the one to start from, on the UNet and the text encoders that are there -> its settings.
 
-    Raises `UserError`.
+    mixed: whether they are called under autocast alone. Raises `UserError`.
     """
     text_encoders = [networks.get("text_encoder"), networks.get("text_encoder_2")]
     if start:
-        return adapter_merge.start_from(start, networks["unet"], text_encoders, settings, seed=seed)
-    adapters.add(networks["unet"], text_encoders, settings, seed=seed)
+        settings = adapter_merge.start_from(start, networks["unet"], text_encoders, settings, seed=seed)
+    else:
+        adapters.add(networks["unet"], text_encoders, settings, seed=seed)
+    for network in networks.values() if mixed else ():
+        adapters.leave_casts_to_autocast(network)
     return settings
 
 

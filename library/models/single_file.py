@@ -34,7 +34,7 @@ def _table(text):
     return dict(entry.split("=") for entry in text.split())
 
 
-# diffusers' or transformers' name = the name in SGM, LDM or OpenCLIP. _unet_blocks has the blocks of the UNet.
+# diffusers' or transformers' name = the name in SGM, LDM or OpenCLIP. unet_blocks has the blocks of the UNet.
 UNET_NAMES = _table("""
     time_embedding.linear_1=time_embed.0  time_embedding.linear_2=time_embed.2  conv_in=input_blocks.0.0
     add_embedding.linear_1=label_emb.0.0  add_embedding.linear_2=label_emb.0.2  conv_norm_out=out.0  conv_out=out.2
@@ -81,7 +81,7 @@ def to_sgm(states: dict[str, dict[str, Tensor]], unet_config: dict | None = None
 
 
 def _unet_to_sgm(state, config):
-    blocks = UNET_NAMES | _unet_blocks(config)
+    blocks = UNET_NAMES | unet_blocks(config)
     renamed = {}
     for name, tensor in state.items():
         pieces = name.split(".")
@@ -96,7 +96,7 @@ def _unet_to_sgm(state, config):
     return renamed
 
 
-def _unet_blocks(config):
+def unet_blocks(config):
     """diffusers' nested blocks -> SGM's running numbers; in the encoder each downsampling has a number of its own."""
     layers = config["layers_per_block"]
     layers = [layers] * len(config["down_block_types"]) if isinstance(layers, int) else list(layers)
@@ -161,8 +161,7 @@ def save_single_file(
     states: dict[str, dict[str, Tensor]],
     unet_config: dict,
     dtype: torch.dtype | None = None,
-    prediction_type: str = "epsilon",
-    zero_terminal_snr: bool = False,
+    prediction_type: str = "epsilon", zero_terminal_snr: bool = False,
     resolution: tuple[int, int] = (1024, 1024),
     metadata: dict[str, object] | None = None,
 ) -> None:
@@ -196,7 +195,7 @@ def save_single_file(
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
         "modelspec.resolution": f"{resolution[0]}x{resolution[1]}",
     }
-    _write(path, tensors, header | {key: str(value) for key, value in (metadata or {}).items()})
+    write(path, tensors, header | {key: str(value) for key, value in (metadata or {}).items()})
 
 
 def _for_file(name, tensor, dtype):
@@ -211,7 +210,8 @@ def _for_file(name, tensor, dtype):
     return source if source.untyped_storage().nbytes() == source.nbytes else source.clone()
 
 
-def _write(path, tensors, header):
+def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a .safetensors or .ckpt file, whole or not at all; the temporary one lies beside it. Raises `UserError`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ def load_part(path: str | Path, part: str, config: str = SDXL_BASE, dtype: torch
     the configuration alone. Raises UserError: no such file, a damaged one, one with Python objects in it, one without
     this part or with tensors of it missing, or not of this configuration. Tensors without a use are logged by name.
     """
-    with _reading(path) as (names, get):
+    with reading(path) as (names, get):
         # Tensors are copied out of the memory map one by one, so the peak is one part in `dtype`.
         tensors = ((name, get(name)) for name in names if name.startswith(PARTS[part]))
         weights = {name: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for name, t in tensors}
@@ -277,13 +277,13 @@ def _build(weights, part, config, dtype):
 
 def contents_of(path: str | Path) -> tuple[list[str], str, bool]:
     """(PARTS, prediction type, zero terminal SNR) of a file by the names in it; without markers: "epsilon", False."""
-    with _reading(path) as (names, _):
+    with reading(path) as (names, _):
         parts = [part for part, prefix in PARTS.items() if any(name.startswith(prefix) for name in names)]
         return parts, "v_prediction" if "v_pred" in names else "epsilon", "ztsnr" in names
 
 
 @contextlib.contextmanager
-def _reading(path):
+def reading(path):
     """Yield (names, a function name -> tensor) of a memory-mapped file; what goes wrong becomes a UserError."""
     if not os.path.isfile(path):
         raise UserError(f"There is no file {path}.")

@@ -201,7 +201,8 @@ def clean(output_dir: Path) -> None:
     for pattern in (".checkpoint-*.tmp", ".saving.tmp", "*/.saving.tmp"):
         for partial in output_dir.glob(pattern):
             shutil.rmtree(partial, ignore_errors=True)
-    for pattern in (".*.safetensors.tmp", ".*.ckpt.tmp", ".report.html.tmp", ".loss_curve.png.tmp", ".tmp??????"):
+    for pattern in (".*.safetensors.tmp", "*/.*.safetensors.tmp", ".*.ckpt.tmp", ".report.html.tmp", ".loss_curve.png.tmp",
+                    ".tmp??????"):
         for partial in output_dir.glob(pattern):
             partial.unlink(missing_ok=True)
 

@@ -17,7 +17,8 @@ from library.training.accelerator import say
 from library.training.lr_schedules import make_lr_schedule  # noqa: F401
 from library.training.optimizer_state import evaluated, load_state  # noqa: F401
 
-PIP = {"bitsandbytes": "bitsandbytes", "optimi": "torch-optimi", "pytorch_optimizer": "pytorch-optimizer", "torchao": "torchao"}
+PIP = {"bitsandbytes": "bitsandbytes", "dadaptation": "dadaptation", "optimi": "torch-optimi", "torchao": "torchao",
+       "pytorch_optimizer": "pytorch-optimizer"}
 EVERY = ("cuda", "npu", "xpu", "mps", "cpu")
 KERNELS = ("cuda", "xpu", "cpu")    # those of bitsandbytes, torch.compile and torch.linalg
 PAGED, KAHAN, FREE = "; paged to main memory on CUDA", {"kahan_sum": True}, "needs no schedule: averages its weights as it goes; "
@@ -53,7 +54,7 @@ TABLE = {
     "dadapt-lion": Entry("pytorch_optimizer.DAdaptLion", 8, "finds its rate: --learning_rate 1"),
     "dadapt-sgd": Entry("pytorch_optimizer.DAdaptSGD", 12, "finds its rate: --learning_rate 1"),
     "dadapt-adagrad": Entry("pytorch_optimizer.DAdaptAdaGrad", 12, "finds its rate: --learning_rate 1"),
-    "dadapt-adan": Entry("pytorch_optimizer.DAdaptAdan", 20, "finds its rate: --learning_rate 1"),
+    "dadapt-adan": Entry("dadaptation.DAdaptAdan", 20, "finds its rate: --learning_rate 1"),    # pytorch-optimizer's is wrong
     "adamw-schedulefree": Entry("pytorch_optimizer.ScheduleFreeAdamW", 8, FREE + "AdamW's rate or up to ten times it"),
     "radam-schedulefree": Entry("pytorch_optimizer.ScheduleFreeRAdam", 8, FREE + "needs no warm-up either"),
     "sgd-schedulefree": Entry("pytorch_optimizer.ScheduleFreeSGD", 4, FREE + "ten to fifty times SGD's rate"),

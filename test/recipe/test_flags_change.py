@@ -1,4 +1,4 @@
-"""Every flag of train_sdxl.py has a test in which it changes what it says it changes: the list, and its keeper.
+"""Every flag of the training scripts has a test in which it changes what it says it changes: the list, and its keeper.
 
 An option that is accepted and then ignored is worse than none. A new flag without a line here makes the suite red.
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import train_lora_sdxl
 import train_sdxl
 from library import flags, parser
 
@@ -163,7 +164,55 @@ SHOWN_BY = {
 }
 
 
-def names_of_flags(monkeypatch) -> set[str]:
+ADAPTERS = "recipe/test_flags_lora.py::test_"
+PLACED = ADAPTERS + "ranks_and_alphas_of_parts"
+# of train_lora_sdxl.py, beside those of train_sdxl.py
+SHOWN_BY_ADAPTERS = {
+    "lora_type": ADAPTERS + "lora_type",
+    "rank": ADAPTERS + "rank_and_alpha_by_all_their_names",
+    "network_dim": ADAPTERS + "rank_and_alpha_by_all_their_names",
+    "lora_rank": ADAPTERS + "rank_and_alpha_by_all_their_names",
+    "lora_alpha": ADAPTERS + "rank_and_alpha_by_all_their_names",
+    "network_alpha": ADAPTERS + "rank_and_alpha_by_all_their_names",
+    "lora_targets": ADAPTERS + "lora_targets",
+    "lora_dropout": ADAPTERS + "dropouts",
+    "network_dropout": ADAPTERS + "dropouts",
+    "rank_dropout": ADAPTERS + "dropouts",
+    "module_dropout": ADAPTERS + "dropouts",
+    "conv_rank": PLACED,
+    "conv_alpha": PLACED,
+    "rank_pattern": PLACED,
+    "alpha_pattern": PLACED,
+    "lokr_factor": ADAPTERS + "lokr_factor",
+    "use_dora": ADAPTERS + "use_dora_and_use_rslora",
+    "use_rslora": ADAPTERS + "use_dora_and_use_rslora",
+    "lora_init_type": ADAPTERS + "lora_init_type",
+    "init_lora": ADAPTERS + "init_lora",
+    "network_weights": ADAPTERS + "network_weights_is_init_lora",
+    "lycoris_config": ADAPTERS + "lycoris_config",
+    "network_module": ADAPTERS + "network_module_and_args",
+    "network_args": ADAPTERS + "network_module_and_args",
+    "unet_lr": ADAPTERS + "unet_lr_and_the_rates_of_text_encoders",
+    "loraplus_lr_ratio": ADAPTERS + "loraplus_lr_ratio",
+    "down_lr_weight": ADAPTERS + "rates_of_blocks",
+    "mid_lr_weight": ADAPTERS + "rates_of_blocks",
+    "up_lr_weight": ADAPTERS + "rates_of_blocks",
+    "lora_format": ADAPTERS + "lora_format_and_output_name",
+    "no_metadata": ADAPTERS + "no_metadata",
+    "base_model_precision": ADAPTERS + "precisions_of_what_is_frozen",
+    "text_encoder_1_precision": ADAPTERS + "precisions_of_what_is_frozen",
+    "text_encoder_2_precision": ADAPTERS + "precisions_of_what_is_frozen",
+    "offload_activations": ADAPTERS + "offload_activations",
+    "instance_data_dir": ADAPTERS + "prompts_and_images_of_dreambooth",
+    "instance_prompt": ADAPTERS + "prompts_and_images_of_dreambooth",
+    "with_prior_preservation": ADAPTERS + "prompts_and_images_of_dreambooth",
+    "class_data_dir": ADAPTERS + "prompts_and_images_of_dreambooth",
+    "class_prompt": ADAPTERS + "prompts_and_images_of_dreambooth",
+    "num_class_images": ADAPTERS + "prompts_and_images_of_dreambooth",
+}
+
+
+def names_of_flags(monkeypatch, script) -> set[str]:
     """Every flag that the script's parser knows."""
     made = []
 
@@ -173,24 +222,25 @@ def names_of_flags(monkeypatch) -> set[str]:
             made.append(self)
 
     monkeypatch.setattr(flags, "Parser", Kept)
-    train_sdxl.parse_args(["--pretrained_model_name_or_path", "a", "--train_data_dir", "b"])
+    script.parse_args(["--pretrained_model_name_or_path", "a", "--train_data_dir", "b"])
     return {option.removeprefix("--") for action in made[0]._actions for option in action.option_strings
             if option.startswith("--")} - {"help"}
 
 
-def test_every_flag_has_its_test(monkeypatch):
-    known = names_of_flags(monkeypatch)
+@pytest.mark.parametrize(("script", "shown"), [(train_sdxl, SHOWN_BY), (train_lora_sdxl, SHOWN_BY | SHOWN_BY_ADAPTERS)])
+def test_every_flag_has_its_test(monkeypatch, script, shown):
+    known = names_of_flags(monkeypatch, script)
     assert len(known) > 100
-    assert known - SHOWN_BY.keys() == set(), "flags without a test in which they change something"
-    assert SHOWN_BY.keys() - known == set(), "tests of flags that are gone"
+    assert known - shown.keys() == set(), "flags without a test in which they change something"
+    assert shown.keys() - known == set(), "tests of flags that are gone"
 
 
-@pytest.mark.parametrize("file", sorted({place.split("::")[0] for place in SHOWN_BY.values()}))
+@pytest.mark.parametrize("file", sorted({place.split("::")[0] for place in (SHOWN_BY | SHOWN_BY_ADAPTERS).values()}))
 def test_the_tests_are_there_and_give_their_flags(file):
     """By name; and the file names each flag on a command line or in a configuration."""
     text = (TESTS / file).read_text()
     functions = {node.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)}
-    for flag, place in SHOWN_BY.items():
+    for flag, place in (SHOWN_BY | SHOWN_BY_ADAPTERS).items():
         if place.startswith(file):
             assert place.split("::")[1] in functions, f"--{flag}: there is no {place}"
             assert f"--{flag}" in text, f"--{flag} is not given in {file}"
