@@ -5,12 +5,53 @@
 Writes OUTPUT_DIR/dataset_report.html: every image with its cut, its bucket and its caption, what is left out and why,
 duplicates, captions that are too long, steps an epoch, and the disk that the caches take. No model is loaded; of
 --pretrained_model_name_or_path, where it is given, the tokenizers alone. Ends with status 2 if training would not start.
+The command may be that of any training script. It is SD3's where the model is, or a flag is given that SD3 alone has; the flags
+listed here are SDXL's.
 """
 
-from library import errors, flags, flags_adapter
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from library import dialects, errors, flags, flags_adapter, flags_sd3
 
 
 def parse_args(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser(sd3=is_of_sd3(argv))
+    args = parser.parse_args(argv)
+    flags.check(parser, args)
+    return args
+
+
+def is_of_sd3(argv: list[str]) -> bool:
+    """Whether a command is one of SD3's: by --model_family, by a flag that its scripts alone have, or by the model."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config_file", "model_family", "pretrained_model_name_or_path"):
+        parser.add_argument(f"--{name}")
+    try:
+        typed = parser.parse_known_args(argv)[0]
+        config = dialects.read_config(Path(typed.config_file)) if typed.config_file else []
+        if family := parser.parse_known_args(config + argv)[0].model_family:
+            return family == "sd3"
+        ours = dialects.translate(argv)
+    except (dialects.DialectError, argparse.ArgumentError, OSError):    # told when it is parsed
+        return False
+    names = [vars(make_parser(sd3).parse_args([])) for sd3 in (True, False)]
+    if {token[2:].partition("=")[0] for token in ours if token.startswith("--")} & (names[0].keys() - names[1].keys()):
+        return True
+    model = Path(parser.parse_known_args(ours)[0].pretrained_model_name_or_path or "")
+    if model.suffix == ".safetensors" and model.is_file():
+        try:
+            with model.open("rb") as file:    # its header is JSON behind eight bytes that tell its length
+                return any(".joint_blocks." in name for name in json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+        except (OSError, ValueError, OverflowError, MemoryError):
+            return False
+    return (model / "transformer").is_dir() or not model.exists() and "stable-diffusion-3" in str(model)
+
+
+def make_parser(sd3: bool) -> flags.Parser:
     parser = flags.Parser(__doc__)
     group = parser.add_argument_group("report")
     add = group.add_argument
@@ -22,39 +63,41 @@ def parse_args(argv=None):
     flags.switch(group, "fix", "also write OUTPUT_DIR/dataset_fix: good images and their captions as metadata.jsonl, and lists "
                  "of the others; the data themselves are never touched")
     flags.add_model_flags(parser, required=False)    # only its tokenizers are read
-    flags_adapter.add_adapter_flags(parser)    # so that the command of any script is understood
+    if sd3:
+        flags_sd3.add_sd3_text_flags(parser)
+        flags_sd3.add_quantize_exclude_flag(parser)
+        parser.override_defaults(single_file_config="stabilityai/stable-diffusion-3.5-medium")
+    flags_adapter.add_adapter_flags(parser, sd3)    # so that the command of any script is understood
     flags.add_data_flags(parser)
     flags_adapter.add_dreambooth_flags(parser)
     flags.add_cache_flags(parser)
     flags.add_training_flags(parser)
     flags.add_optimizer_flags(parser)
-    flags.add_ddpm_objective_flags(parser)
+    (flags.add_flow_objective_flags if sd3 else flags.add_ddpm_objective_flags)(parser)
     flags.add_checkpoint_flags(parser)
     flags.add_validation_flags(parser)
+    if sd3:
+        flags_sd3.add_spike_flags(parser)
+        flags_sd3.add_skip_layer_flags(parser)
     flags.add_runtime_flags(parser)
-    args = parser.parse_args(argv)
-    flags.check(parser, args)
-    return args
+    return parser
 
 
 if __name__ == "__main__":
     ARGS = parse_args()    # before torch: --help and mistakes are answered at once
 
-import argparse
-import json
 import os
 import shutil
 from collections import Counter
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 
-from library.data import aspect, captions, dataset, duplicates, findings, prepare
+from library.data import aspect, dataset, duplicates, findings
 from library.data.cache import write_whole
 from library.data.sources.rows import NO_CAPTION
 from library.data.sampler import Sampler
-from library.models import sdxl
+from library.models import cache_sizes, parts, sd3, sd3_output, sdxl
 from library.models.locate import fault_of_tokenizer, find_model
 from library.training import accelerator as running
 from library.training.plan import total_steps
@@ -87,47 +130,40 @@ def without_absent_class(args) -> tuple[argparse.Namespace, list[str]]:
     return (args if there else argparse.Namespace(**vars(args) | {"with_prior_preservation": False})), [note]
 
 
+def model_of(args):
+    """The module of the model's family: `sdxl` or `sd3`."""
+    return sd3 if hasattr(args, "weighting_scheme") else sdxl
+
+
 def load_tokenizers(args) -> list | None:
-    """Both tokenizers of the base model; None if no model is named. Raises `UserError`."""
-    name, found = args.pretrained_model_name_or_path, []
+    """The tokenizers of the base model, SD3's with T5's if it is used; None if no model is named. Raises `UserError`."""
+    name, model, found = args.pretrained_model_name_or_path, model_of(args), []
     if not name:
         return None
-    for part, flag, given in (("tokenizer", "--tokenizer1_path", args.tokenizer1_path),
-                              ("tokenizer_2", "--tokenizer2_path", args.tokenizer2_path)):
-        if given:
+    wanted = tuple(part for part in model.PARTS if part in parts.TOKENIZERS and not (part == "tokenizer_3" and args.no_t5))
+    for part in wanted:
+        flag = f"--tokenizer{parts.TOKENIZERS.index(part) + 1}_path"
+        if given := {"tokenizer": args.tokenizer1_path, "tokenizer_2": args.tokenizer2_path}.get(part):
             path = find_model(given, flag, (), loose=(f"{part}/*", "*.json", "merges.txt"))
         else:
-            path = find_model(name, "--pretrained_model_name_or_path", sdxl.PARTS[4:6], args.revision)
-            path = find_model(args.single_file_config, "--single_file_config", sdxl.PARTS[4:6]) if path.is_file() else path
+            path = find_model(name, "--pretrained_model_name_or_path", wanted, args.revision)
+            path = find_model(args.single_file_config, "--single_file_config", wanted) if path.is_file() else path
         found.append(path / part if (path / part).is_dir() else path)
-    if faults := [fault for folder in found if (fault := fault_of_tokenizer(folder))]:
+    if faults := [fault for part, folder in zip(wanted, found, strict=True)
+                  if part != "tokenizer_3" and (fault := fault_of_tokenizer(folder))]:
         raise errors.UserError("; ".join(faults))
-    return sdxl.load_tokenizers(sdxl.Base(Path(name), Path(name), None, tuple(found), None))
+    return model.load_tokenizers(parts.Base(Path(name), Path(name), None, tuple(found), None))
 
 
-def size_of_caches(args, data: dataset.Data, visits: list[int]) -> list[tuple[str, int, int]]:
-    """(what, how many, bytes) of what the run keeps on disk. visits: how often it shows an image of each set."""
-    table, kept = data.table, [min(args.cache_variants, seen) for seen in visits]
-    spare = (table.resized != np.array(table.buckets)[table.bucket_of]).any(axis=1)
-    kinds = (table.set_of.astype(np.int64) << 33) | (table.bucket_of.astype(np.int64) << 1) | spare
-    _, first, times = np.unique(kinds, return_index=True, return_counts=True)    # images of one kind take the same
-    lines = {"latents": [0, 0], "masks": [0, 0]}
-    for row, images in zip(first.tolist(), times.tolist(), strict=True):
-        spec, (width, height) = table.spec(row), table.buckets[table.bucket_of[row]]
-        if spec.latents != "off":
-            most = visits[table.set_of[row]] if spec.every_cut_new else kept[table.set_of[row]]
-            cuts, pixels = images * table.variants(row, most), width // 8 * (height // 8)
-            for name, size in (("latents", 8 * 4), ("masks", 4 if spec.mask and spec.latents == "disk" else 0)):    # float32
-                lines[name][0] += cuts * bool(size)
-                lines[name][1] += cuts * pixels * size
-    sizes = [(name, many, total) for name, (many, total) in lines.items() if many]
-    if args.cache_text_encoder_outputs and not args.train_text_encoder and not any(captions.endless(s.text) for s in table.sets):
-        prompts = {*prepare.all_prompts(table, kept), *args.validation_prompt, args.validation_negative_prompt or ""}
-        precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        length = max(1, args.max_token_length // sdxl.PIECE) * sdxl.PIECE + 2
-        each = (length * (768 + 1280) + 1280) * (4 if precision == "no" else 2)
-        sizes.append(("prompts", len(prompts), len(prompts) * each))
-    return sizes
+def long_captions(args, table, tokenizers: list) -> tuple[dict, list[str]]:
+    """Rows whose end is not read, as `findings.measure_captions` has them, and a note on those whose end T5 alone reads."""
+    limit = parts.clip_limit(args.max_token_length)
+    clip = findings.measure_captions(table, tokenizers[:2], limit)
+    if len(tokenizers) < 3:
+        return clip, []
+    t5 = findings.measure_captions(table, tokenizers[2:], args.tokenizer_max_length - 1)
+    many = len(clip.keys() - t5.keys())
+    return t5, [f"{many} captions are longer than the {limit} tokens of CLIP: T5 alone reads their ends"] if many else []
 
 
 def write_fix(data: dataset.Data, found: findings.Findings, output: Path) -> Path:
@@ -186,10 +222,13 @@ def main(args):
                      "of seed 0 here")
 
     # captions, and pictures that look the same
-    long, near = None, None
+    long, near, tokenizers = None, None, None
     try:
+        if model_of(args) is sd3:
+            sd3_output.check_sizes(None, table.buckets)
         if tokenizers := load_tokenizers(args):
-            long = findings.measure_captions(table, tokenizers, max(1, args.max_token_length // sdxl.PIECE) * sdxl.PIECE)
+            long, more = long_captions(args, table, tokenizers)
+            notes += more
     except errors.UserError as fault:
         faults.append(str(fault))
     if args.near_duplicates:
@@ -208,7 +247,8 @@ def main(args):
     try:
         total = total_steps(order, args.num_train_epochs, args.max_train_steps)
         cards.append(("Steps of the run", f"{total:,}", f"{order.epoch_of(total - 1) + 1:,} epochs are begun"))
-        sizes = size_of_caches(args, data, order.visits(total, len(table.sets)))
+        channels = 16 if model_of(args) is sd3 else 4
+        sizes = cache_sizes.on_disk(model_of(args), args, data, channels, order.visits(total, len(table.sets)), tokenizers)
         place = next(path for path in (cached, *cached.absolute().parents) if path.exists())
         needed, free = sum(size for *_, size in sizes), shutil.disk_usage(place).free
         cards.append(("Caches", spell(needed), f"on disk in the end; {spell(free)} are free there now"))

@@ -42,7 +42,7 @@ running.calm()    # before PEFT, which imports every quantiser that is installed
 from library.models import adapters    # before diffusers, which looks for PEFT once
 from library.data import dataset, findings, loader
 from library.diffusion import ddpm, ema
-from library.models import adapter_flags, caching, quantize, sdxl, sdxl_adapter, sdxl_output
+from library.models import adapter_flags, adapting, caching, quantize, sdxl, sdxl_output
 from library.models.encoders import Encoders
 from library.training import checkpoints, meter, offload, optimizers, plan, signals
 from library.validation import class_images, dataset_report, report
@@ -87,8 +87,8 @@ def main(args):
         args.timestep_bias_begin, args.timestep_bias_end, args.timestep_bias_portion)).to(device)
     found, notes = checkpoints.find(output, args.resume_from_checkpoint)
     seed = running.choose_seed(found.manifest["seed"] if found and args.seed is None else args.seed)
-    global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    facts = {"seed": seed, "global_batch": global_batch}
+    batches_a_step = args.gradient_accumulation_steps * accelerator.num_processes
+    facts = {"seed": seed, "global_batch": args.train_batch_size * batches_a_step}
     if found:
         notes += [f"going on from {found.path}", *checkpoints.compare_flags(found, vars(args), facts)]
     running.open_output(output, base.path)
@@ -100,14 +100,13 @@ def main(args):
     if args.with_prior_preservation and (missing := class_images.missing(args.class_data_dir, args.num_class_images, seed)):
         prompt, negative = encoders.prompts([args.class_prompt, ""])
         encoders.free(vae=False, text=True)
-        unet = sdxl_adapter.frozen_unet(args, base, base_precision, accelerator)
-        pipeline = sdxl_output.make_pipeline(base, unet, encoders.vae, schedule)
+        drawn_by = adapting.frozen(sdxl, "unet", args, base, base_precision, accelerator)
+        pipeline = sdxl_output.make_pipeline(base, drawn_by, encoders.vae, schedule)
         class_images.draw(args.class_data_dir, missing, pipeline, prompt, negative, args.resolution, seed, accelerator)
-        del unet, pipeline
+        del drawn_by, pipeline
     data = dataset.load(args, seed, cached / "scan", decode=False)
     for note in notes + data.notes:
         running.say(note)
-    batches_a_step = args.gradient_accumulation_steps * accelerator.num_processes
     data, order, steps, latents = caching.cache_images(args, encoders, data, seed, batches_a_step, cached)
     prompts = caching.cache_captions(args, encoders, data, order, steps, cached)
     running.say(f"{dataset.describe_table(data.table, batches_a_step)}; {steps} steps")
@@ -117,9 +116,9 @@ def main(args):
     encoders.free(vae=latents.whole and not args.validation_prompt, text=prompts.whole)
 
     # models: the frozen UNet (and text encoders), small or quantised, and the adapter on them in float32
-    unet = sdxl_adapter.frozen_unet(args, base, base_precision, accelerator)
+    unet = adapting.frozen(sdxl, "unet", args, base, base_precision, accelerator)
     networks = {"unet": unet} | sdxl.adapted_text_encoders(args, encoders)
-    settings = sdxl_adapter.put_on(networks, settings, start, seed, accelerator.mixed_precision != "no")
+    settings = adapting.put_on(networks, settings, start, seed, accelerator.mixed_precision != "no")
     running.say(adapters.describe(networks, settings.kind))
     if args.gradient_checkpointing:
         sdxl.enable_gradient_checkpointing(networks)
@@ -128,14 +127,13 @@ def main(args):
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
 
     # optimizer: the schedule counts optimizer steps, whatever the accumulation or the number of processes
-    groups = adapters.parameter_groups(networks, optimizers.learning_rates(args, global_batch), rates)
+    groups = adapters.parameter_groups(networks, optimizers.learning_rates(args, facts["global_batch"]), rates)
     average = ema.EMA(unet, args.ema_decay) if args.use_ema else None    # of what is trained, which the rates decide
     optimizer = optimizers.from_groups(args, groups, device.type)
     lr_schedule = optimizers.make_lr_schedule(args, optimizer, steps)
     everything = torch.nn.ModuleList(networks.values())
     *wrapped, optimizer = accelerator.prepare(*networks.values(), optimizer)
-    if args.train_text_encoder:
-        encoders.call_wrapped(dict(zip(networks, wrapped, strict=True)))
+    encoders.call_wrapped(dict(zip(networks, wrapped, strict=True)))
     kept = {f"{part}.{name}": value for part, network in networks.items() for name, value in adapters.state_dict(network).items()}
     state = checkpoints.State({}, optimizer, lr_schedule, accelerator.scaler, average, adapter=kept)
     if found:
@@ -164,7 +162,7 @@ def main(args):
                 validation.run(args, seed, pipeline, shown, unet, average, step, output, trackers, accelerator)
         for name in plan.model_names(args, order, step) if step < steps else ():
             with optimizers.evaluated(optimizer):
-                sdxl_adapter.save(output, name, args, networks, settings, average, formats)
+                adapting.save(output, name, args, networks, settings, average, formats)
 
     if found:    # the run may have been stopped between the checkpoint and this
         with log.paused():
@@ -184,7 +182,6 @@ def main(args):
         log.add(loss, len(batch["latents"]))    # stays on the device: no wait for it here
         if not accelerator.sync_gradients:
             continue
-
         # one optimizer step is done
         state.step += 1
         log.step(state.step, order.epoch_of(state.step), lr_schedule.get_last_lr()[0])
@@ -199,14 +196,13 @@ def main(args):
             if stopping:
                 break
             show_and_save(state.step)
-    log.close()
-    latents.close()
-    prompts.close()
+    for each in (log, latents, prompts):
+        each.close()
     if state.step < steps:
         return running.say(f"stopped after step {state.step} of {steps}; --resume_from_checkpoint latest goes on from there")
 
     with optimizers.evaluated(optimizer):
-        written = sdxl_adapter.save(output, args.output_name, args, networks, settings, average, formats)
+        written = adapting.save(output, args.output_name, args, networks, settings, average, formats)
     if accelerator.is_main_process:
         written += [report.write_loss_curve(output), report.write_report(
             output, title=output.resolve().name, command=running.command(), versions=running.versions(device),

@@ -15,6 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
@@ -25,6 +26,8 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+from library.models import sd3_file, single_file
 
 WORDS = "red green blue cat dog house a photo of".split()
 SD3 = {    # as Stability's, but for the numbers of layers and heads, and the size of the grid of positions
@@ -116,6 +119,62 @@ def make_sd3(folder: Path, flavour: str = "medium", seed: int = 0) -> Path:
         text_encoder_2=make_text_encoder(CLIPTextModelWithProjection, 32, tokenizers[1]), tokenizer_2=tokenizers[1],
         text_encoder_3=t5, tokenizer_3=t5_tokenizer).save_pretrained(folder)
     return folder
+
+
+def original_layout(transformer) -> dict[str, torch.Tensor]:
+    """A transformer's weights by the names of Stability's files."""
+    config, state, out = transformer.config, transformer.state_dict(), {}
+
+    def put(name, *sources):
+        for kind in ("weight", "bias"):
+            if f"{sources[0]}.{kind}" in state:
+                out[f"{name}.{kind}"] = torch.cat([state[f"{source}.{kind}"] for source in sources])
+
+    def swap(name, source):    # scale and shift change places
+        for kind in ("weight", "bias"):
+            shift, scale = state[f"{source}.{kind}"].chunk(2)
+            out[f"{name}.{kind}"] = torch.cat([scale, shift])
+
+    out["pos_embed"] = state["pos_embed.pos_embed"]
+    for name, source in {"x_embedder.proj": "pos_embed.proj", "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+                         "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2", "context_embedder": "context_embedder",
+                         "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+                         "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2", "final_layer.linear": "proj_out"}.items():
+        put(name, source)
+    swap("final_layer.adaLN_modulation.1", "norm_out.linear")
+    for number in range(config.num_layers):
+        ours, theirs, last = f"transformer_blocks.{number}", f"joint_blocks.{number}", number == config.num_layers - 1
+        for stream, kinds, prefix in (("x", "q k v", "to_"), ("context", "q k v", "add_")):
+            names = [f"{ours}.attn.{prefix}{kind}" + ("_proj" if prefix == "add_" else "") for kind in kinds.split()]
+            put(f"{theirs}.{stream}_block.attn.qkv", *names)
+        for kind, norm in (("q", "ln_q"), ("k", "ln_k")):
+            put(f"{theirs}.x_block.attn.{norm}", f"{ours}.attn.norm_{kind}")
+            put(f"{theirs}.context_block.attn.{norm}", f"{ours}.attn.norm_added_{kind}")
+            put(f"{theirs}.x_block.attn2.{norm}", f"{ours}.attn2.norm_{kind}")
+        put(f"{theirs}.x_block.attn.proj", f"{ours}.attn.to_out.0")
+        put(f"{theirs}.x_block.adaLN_modulation.1", f"{ours}.norm1.linear")
+        put(f"{theirs}.x_block.mlp.fc1", f"{ours}.ff.net.0.proj")
+        put(f"{theirs}.x_block.mlp.fc2", f"{ours}.ff.net.2")
+        if number in config.dual_attention_layers:
+            put(f"{theirs}.x_block.attn2.qkv", *(f"{ours}.attn2.to_{kind}" for kind in "qkv"))
+            put(f"{theirs}.x_block.attn2.proj", f"{ours}.attn2.to_out.0")
+        (swap if last else put)(f"{theirs}.context_block.adaLN_modulation.1", f"{ours}.norm1_context.linear")
+        if not last:
+            put(f"{theirs}.context_block.attn.proj", f"{ours}.attn.to_add_out")
+            put(f"{theirs}.context_block.mlp.fc1", f"{ours}.ff_context.net.0.proj")
+            put(f"{theirs}.context_block.mlp.fc2", f"{ours}.ff_context.net.2")
+    return {f"model.diffusion_model.{name}": tensor for name, tensor in out.items()}
+
+
+def write_one_file(path: Path, pipeline, *text_encoders: str) -> Path:
+    """An SD3 as Stability's files have it: transformer, VAE and these text encoders."""
+    state = original_layout(pipeline.transformer) | single_file.to_sgm({"vae": pipeline.vae.state_dict()})
+    for part in text_encoders:
+        own = getattr(pipeline, part).state_dict()
+        own = {name: tensor for name, tensor in own.items() if (part, name) != ("text_encoder", "text_projection.weight")}
+        state |= {sd3_file.PREFIXES[part] + name: tensor for name, tensor in own.items() if "embed_tokens" not in name}
+    save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, path)
+    return path
 
 
 def picture(width: int, height: int, number: int) -> Image.Image:

@@ -4,42 +4,51 @@ import json
 from dataclasses import replace
 
 from library.errors import UserError
-from library.models import adapter_files, adapter_merge, adapters, quantize
-from library.models.adapter_files import Adapter
-from library.models.adapter_settings import Rates, Settings, block_rates, check, from_kohya
+from library.models import adapter_files, adapter_merge, adapters, quantize, sd3_adapter
+from library.models.adapter_files import SD3, Adapter
+from library.models.adapter_settings import RATE_ARGS, Rates, Settings, block_rates, check, from_kohya
 
 PRESETS = ("attention", "attention-ff", "kohya", "convolutions", "all-linear")
 
 
-def adapter_of(args, unet) -> tuple[Adapter | None, Settings, Rates, tuple[str, ...]]:
+def adapter_of(args, network) -> tuple[Adapter | None, Settings, Rates, tuple[str, ...]]:
     """The adapter to start from, or None; settings, rates, and the formats of the files. Raises `UserError` for any of them.
 
-    unet: one that is not used further, on the meta device: what does not fit it is told before anything is loaded.
+    network: a UNet or transformer that is not used further, on the meta device: what does not fit it is told before anything is
+    loaded.
     """
-    start, (settings, rates) = start_of(args, unet.config), settings_of(args, unet.config)
-    formats = formats_of(args, start.kind if start else settings.kind)
+    start, (settings, rates) = start_of(args, network.config), settings_of(args, network.config)
+    family = adapter_files.family_of(network.config)
+    formats = formats_of(args, start.kind if start else settings.kind, family)
+    quantize.check_names(network, getattr(args, "quantize_exclude", []), "--quantize_exclude")
     if start:
-        adapter_merge.check_fits(start, {"unet": unet})
+        adapter_merge.check_fits(start, {"transformer" if family == SD3 else "unet": network})
     elif settings.kind == "lycoris":
-        adapters.add(unet, [], settings)
+        adapters.add(network, [], settings)
     else:
-        adapters.targets(unet, settings)
+        adapters.targets(network, settings)
     return start, settings, rates, formats
 
 
 def precisions_of(args, device: str) -> list[str]:
-    """Precisions of the UNet and of both text encoders. Raises `UserError` for what cannot run on this kind of device."""
-    flags = ("base_model_precision", "text_encoder_1_precision", "text_encoder_2_precision")
+    """Precisions of the UNet or transformer and of the text encoders. Raises `UserError` for what cannot run on this device."""
+    flags = ["base_model_precision", "text_encoder_1_precision", "text_encoder_2_precision"]
+    flags += ["text_encoder_3_precision"] if hasattr(args, "text_encoder_3_precision") else []
     for flag in flags:
         quantize.check(getattr(args, flag), device, f"--{flag}")
     return [getattr(args, flag) for flag in flags]
 
 
-def settings_of(args, unet_config) -> tuple[Settings, Rates]:
+def settings_of(args, config) -> tuple[Settings, Rates]:
     """What --network_module and its arguments say, or else --lora_type, --rank and the like. Raises `UserError`."""
+    sd3 = adapter_files.family_of(config) == SD3
     if args.network_module:
-        settings, rates = from_kohya(args.network_module, args.rank, args.lora_alpha, _pairs(args.network_args),
-                                     args.lora_dropout or None, unet_config)
+        given = args.rank, args.lora_alpha, _pairs(args.network_args), args.lora_dropout or None
+        if sd3 and (args.network_module not in ("networks.lora_sd3", "lycoris.kohya") or given[2].keys() & set(RATE_ARGS[:4])):
+            raise UserError(f"--network_module {args.network_module} is not for SD3 with these --network_args: there are "
+                            "networks.lora_sd3 and lycoris.kohya, without rates of SDXL's blocks (down_lr_weight and so on)")
+        own = sd3 and args.network_module == "networks.lora_sd3"
+        settings, rates = sd3_adapter.from_kohya(*given) if own else from_kohya(args.network_module, *given, config)
         for name in ("rank_dropout", "module_dropout"):
             if getattr(args, name) and getattr(settings, name):
                 raise UserError(f"--{name} and --network_args {name}={getattr(settings, name)} are the same: give one of them")
@@ -47,8 +56,11 @@ def settings_of(args, unet_config) -> tuple[Settings, Rates]:
                                         for name in ("rank_dropout", "module_dropout")})
     else:
         settings, ratio = _settings_of(args), args.loraplus_lr_ratio or 1.0
-        blocks = block_rates(args.down_lr_weight, args.mid_lr_weight, args.up_lr_weight, unet_config=unet_config)
-        rates = Rates(ratio, ratio, blocks)
+        if sd3 and settings.targets == "convolutions":
+            raise UserError("--lora_targets convolutions: SD3 has none; there are attention, attention-ff, kohya, all-linear and "
+                            "names of modules")
+        rates = Rates(ratio, ratio, None if sd3 else block_rates(
+            args.down_lr_weight, args.mid_lr_weight, args.up_lr_weight, unet_config=config))
     check(settings)
     return settings, rates
 
@@ -58,35 +70,42 @@ def _settings_of(args) -> Settings:
         return Settings(dropout=args.lora_dropout, rank_dropout=args.rank_dropout, module_dropout=args.module_dropout)
     if args.lora_type == "lycoris":
         return Settings("lycoris", rank=args.rank or 16, lycoris_config=_read(args.lycoris_config))
-    named = args.lora_targets
+    named = [name for text in args.lora_targets for name in text.replace(" ", "").split(",") if name]    # diffusers has commas
     targets = named[0] if len(named) == 1 and named[0] in PRESETS else tuple(named)
+    blocks = getattr(args, "lora_blocks", None)
     return Settings("dora" if args.use_dora else args.lora_type, args.rank or 16, args.lora_alpha, targets, args.lora_dropout,
-                    args.rank_dropout, args.module_dropout, args.use_rslora, args.lora_init_type, args.conv_rank, args.conv_alpha,
-                    dict(args.rank_pattern), dict(args.alpha_pattern), args.lokr_factor or -1)
+                    args.rank_dropout, args.module_dropout, args.use_rslora, args.lora_init_type,
+                    getattr(args, "conv_rank", None), getattr(args, "conv_alpha", None), dict(args.rank_pattern),
+                    dict(args.alpha_pattern), args.lokr_factor or -1,
+                    None if blocks is None else sd3_adapter.blocks_of(blocks, "--lora_blocks"))
 
 
-def formats_of(args, kind: str) -> tuple[str, ...]:
+def formats_of(args, kind: str, family: str) -> tuple[str, ...]:
     """What --lora_format, or what else is given, means for this kind of adapter: diffusers, kohya or both. Raises `UserError`."""
-    wanted = args.lora_format
+    wanted, t5 = args.lora_format, bool(getattr(args, "learning_rate_te3", None))
+    if t5 and wanted in ("diffusers", "both"):
+        raise UserError(f"--lora_format {wanted}: diffusers has no loader for adapters of T5, which --learning_rate_te3 trains: "
+                        "give --lora_format kohya, which ComfyUI and generate.py read")
     if wanted is None:
-        for_kohya = args.network_module or args.save_model_as == "safetensors" or kind not in ("lora", "dora")
+        for_kohya = args.network_module or args.save_model_as == "safetensors" or kind not in ("lora", "dora") or t5
         wanted = "kohya" if for_kohya else "diffusers"
     formats = ("diffusers", "kohya") if wanted == "both" else (wanted,)
     for each in formats:
-        adapter_files.check_format(kind, each)
+        adapter_files.check_format(kind, each, family)
     return formats
 
 
-def start_of(args, unet_config) -> Adapter | None:
+def start_of(args, config) -> Adapter | None:
     """The adapter of --init_lora. Raises `UserError`, also where the flags say that its text encoders are not trained."""
     if not args.init_lora:
         return None
-    adapter = adapter_files.read(args.init_lora, unet_config)
-    for part, number in (("text_encoder", 1), ("text_encoder_2", 2)):
-        rate = (args.learning_rate_te1, args.learning_rate_te2)[number - 1]
+    adapter = adapter_files.read(args.init_lora, config)
+    rates = args.learning_rate_te1, args.learning_rate_te2, getattr(args, "learning_rate_te3", None) or 0
+    for number, (part, rate) in enumerate(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), rates, strict=True), 1):
         if adapter.part(part) and not (args.train_text_encoder and rate != 0):
+            flag = "--train_text_encoder" + " and --learning_rate_te3" * (number == 3)
             raise UserError(f"--init_lora {args.init_lora} also changes text encoder {number}, which this run leaves as it is: "
-                            "give --train_text_encoder, or a file of the UNet alone")
+                            f"give {flag}, or a file of the {'transformer' if adapter.family == SD3 else 'UNet'} alone")
     return adapter
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.models import adapters, lycoris
 from library.models.adapter_delta import delta
-from library.models.adapter_files import SETTINGS_KEY, Adapter, float_of, rank_of
+from library.models.adapter_files import SD3, SETTINGS_KEY, Adapter, float_of, rank_of
 from library.models.adapter_settings import Settings, nearest
 
 
@@ -125,23 +125,24 @@ def _named_as_in(network: nn.Module, modules: dict[str, dict[str, Tensor]]) -> d
 
 def start_from(adapter: Adapter, unet, text_encoders: list, settings: Settings, te_settings: Settings | None = None,
                seed: int = 0) -> Settings:
-    """`adapters.add` with the kind, modules, ranks, alphas and values of an adapter that exists -> the UNet's settings then.
+    """`adapters.add` with the kind, modules, ranks, alphas and values of an adapter that exists -> the settings then.
 
     settings, te_settings: their dropouts count, and all of them for a text encoder that the adapter does not have. Raises
     `UserError` where the adapter changes a network that is not trained here, or was made for another model.
     """
-    parts = dict(zip(("unet", "text_encoder", "text_encoder_2"), (unet, *text_encoders), strict=False))
+    denoiser = "transformer" if adapter.family == SD3 else "unet"
+    parts = dict(zip((denoiser, "text_encoder", "text_encoder_2", "text_encoder_3"), (unet, *text_encoders), strict=False))
     networks = {part: network for part, network in parts.items() if network is not None}
     _places(adapter, networks)
     used = settings
     for part, network in networks.items():
         own = _named_as_in(network, adapter.part(part))
-        place = (network, []) if part == "unet" else (None, [network])
+        place = (network, []) if part == denoiser else (None, [network])
         if not own:
             adapters.add(*place, settings, te_settings, seed)
             continue
         taken = _settings_of(adapter, own, settings)
-        used = taken if part == "unet" else used
+        used = taken if part == denoiser else used
         if adapter.kind in ("lycoris", "oft") or adapter.multiplier != 1:
             if taken.dropout or taken.rank_dropout or taken.module_dropout:
                 raise UserError(f"an adapter of kind {adapter.kind} that exists is trained on without dropout: leave it out")

@@ -6,6 +6,8 @@ import math
 import re
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from library.errors import UserError
 from library.models import single_file
 
@@ -34,7 +36,8 @@ class Settings:
     layers beside them); None is as the rest.
     rank_pattern, alpha_pattern: part of a module's name (a regular expression of whole words between dots) -> its rank or
     alpha; the first that fits counts, rank 0 leaves the module out. dropout: of the input; rank_dropout: of ranks;
-    module_dropout: of the whole update, one draw a call. factor: LoKr's (-1: near the square root).
+    module_dropout: of the whole update, one draw a call. factor: LoKr's (-1: near the square root). blocks: of a transformer,
+    the only ones with an adapter; None: all.
     """
 
     kind: str = "lora"
@@ -51,6 +54,7 @@ class Settings:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     factor: int = -1
+    blocks: tuple[int, ...] | None = None
     lycoris_config: dict | None = None
 
 
@@ -64,6 +68,11 @@ class Rates:
     loraplus_unet: float = 1.0
     loraplus_text_encoder: float = 1.0
     blocks: tuple[float, ...] | None = None
+
+
+def float_of(alpha) -> float:
+    """A float32 tensor as the shortest number that means it: 0.7, not 0.699999988."""
+    return float(str(np.float32(alpha.item())))
 
 
 def nearest(word: str, words) -> str:
@@ -103,7 +112,8 @@ def check(settings: Settings) -> None:
             (s.init != "kaiming", s.kind == "lora" or (s.kind == "dora" and not from_weights),
              "pissa and olora are for lora, gaussian for lora and dora: the others have initial values of their own"),
             (s.alpha is not None, s.kind != "oft", "programs disagree on what alpha means for oft: leave it out"),
-            (s.factor != -1, s.kind == "lokr", "factor is for lokr")):
+            (s.factor != -1, s.kind == "lokr", "factor is for lokr"),
+            (s.blocks is not None, s.kind != "lycoris", "blocks are named in its lycoris_config")):
         if given and not right:
             kind = f"{s.kind} with init {s.init}" if from_weights else s.kind
             raise UserError(f"an adapter of kind {kind} cannot have this: {why}")

@@ -1,6 +1,7 @@
 """Adapters on frozen networks: put on, trained, switched off, saved for an exact restart. PEFT and LyCORIS do the work.
 
-Networks come as {"unet": ..., "text_encoder": ..., "text_encoder_2": ...}. Import this before diffusers: it looks for PEFT once.
+Networks come as {"unet": ..., "text_encoder": ..., "text_encoder_2": ...}, of SD3 with "transformer" and "text_encoder_3".
+Import this before diffusers: it looks for PEFT once.
 """
 
 import collections
@@ -18,12 +19,17 @@ from library.models import adapter_layers, lycoris
 from library.models.adapter_settings import Rates, Settings, block_of, check, nearest
 
 NAME = "default"    # PEFT's name for the adapter that is trained
-SUFFIXES = {"attention": ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")}
-SUFFIXES["attention-ff"] = (*SUFFIXES["attention"], "ff.net.0.proj", "ff.net.2", "fc1", "fc2")
+# of diffusers' networks (SD3's second stream is add_*, ff_context), of CLIP and of T5
+SUFFIXES = {"attention": ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "q_proj",
+                          "k_proj", "v_proj", "out_proj", *(f"SelfAttention.{name}" for name in "qkvo"))}
+SUFFIXES["attention-ff"] = (*SUFFIXES["attention"], "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+                            "fc1", "fc2", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo")
 SUFFIXES["convolutions"] = (*SUFFIXES["attention-ff"], "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut",
                             "downsamplers.0.conv", "upsamplers.0.conv")
-KOHYA_CLASSES = {"Transformer2DModel", "CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"}
+KOHYA_CLASSES = {"Transformer2DModel", "JointTransformerBlock", "CLIPAttention", "CLIPSdpaAttention", "CLIPMLP", "T5Attention",
+                 "T5DenseGatedActDense"}
 KOHYA_CONV_CLASSES = {"ResnetBlock2D", "Downsample2D", "Upsample2D"}
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")    # of SD3, by its number
 
 
 def add(unet, text_encoders: list, settings: Settings, te_settings: Settings | None = None, seed: int = 0) -> None:
@@ -37,7 +43,7 @@ def add(unet, text_encoders: list, settings: Settings, te_settings: Settings | N
     if te_settings is None:
         preset = settings.targets if isinstance(settings.targets, str) else "attention"
         te_settings = dataclasses.replace(settings, targets=preset, rank_pattern={}, alpha_pattern={}, conv_rank=None,
-                                          conv_alpha=None)
+                                          conv_alpha=None, blocks=None)
     wanted = [(network, own) for network, own in [(unet, settings), *((te, te_settings) for te in text_encoders)]
               if network is not None]
     for own in {id(own): own for _, own in wanted}.values():
@@ -82,6 +88,11 @@ def targets(network: nn.Module, settings: Settings) -> dict[str, tuple[int, floa
         names += [name for name, layer in layers.items() if name.startswith(heads) and _large(layer) and name not in names]
     elif settings.conv_rank and not any(_large(layers[name]) for name in names):
         raise UserError(f"conv_rank {settings.conv_rank} has no effect: no convolution larger than 1x1 is named")
+    if settings.blocks is not None:
+        there = {int(block[1]) for name in layers if (block := _BLOCK.match(name))}
+        if wrong := [number for number in settings.blocks if number not in there]:
+            raise UserError(f"this {type(network).__name__} has no block {wrong[0]}, only 0 to {max(there, default=-1)}")
+        names = [name for name in names if (block := _BLOCK.match(name)) and int(block[1]) in settings.blocks]
     chosen = {name: _rank_of(name, layers[name], settings) for name in names}
     if not (chosen := {name: both for name, both in chosen.items() if both[0]}):
         raise UserError(f"these settings leave no layer of this {type(network).__name__} with an adapter: check the targets and "
@@ -248,7 +259,7 @@ def parameter_groups(networks: dict[str, nn.Module], learning_rates: dict[str, f
     """
     groups = {}
     for part, network in networks.items():
-        ratio = rates.loraplus_unet if part == "unet" else rates.loraplus_text_encoder
+        ratio = rates.loraplus_text_encoder if part.startswith("text_encoder") else rates.loraplus_unet
         ups = 0
         for name, tensor in trained(network).items():
             up = ratio != 1 and (f"lora_B.{NAME}." in name or ".lora_up." in name)

@@ -31,7 +31,7 @@ def find_model(name: str, flag: str, parts: tuple[str, ...], revision: str | Non
         path = _fetch(name, flag, parts, revision, variant, loose)
     missing = [part for part in parts if not (path / part).is_dir()]
     if missing:
-        raise UserError(f"{flag}: {name} lacks {', '.join(missing)}; a diffusers folder of SDXL has {', '.join(parts)}")
+        raise UserError(f"{flag}: {name} lacks {', '.join(missing)}; a diffusers folder of this model has {', '.join(parts)}")
     return path
 
 

@@ -189,7 +189,7 @@ def _named_preset(network, name: str | None) -> dict | None:
     from lycoris.config import PRESET
     if name not in PRESET:
         raise UserError(f"lycoris_config: there is no preset {name!r}{nearest(str(name), PRESET)} (known: {', '.join(PRESET)})")
-    kind = "unet" if type(network).__name__.startswith("UNet") else "text_encoder"
+    kind = "text_encoder" if type(network).__name__.startswith(("CLIP", "T5")) else "unet"
     preset = {key.removeprefix(f"{kind}_"): value for key, value in PRESET[name].items()}
     return {key: value for key, value in preset.items() if not key.startswith(("unet_", "text_encoder_"))}
 

@@ -42,7 +42,7 @@ SCHEMES = {
     "nf4-bnb": Scheme("bitsandbytes", "bitsandbytes", "nf4", 4, _ALL),
 }
 PRECISIONS = ("no_change", *SCHEMES)
-# layers by name that stay as they are: norms, embeddings of time, size and tokens, the last projection
+# layers by name that stay as they are: norms, embeddings of time, size, places, tokens and text, the last projection
 SKIP = ("*norm*", "*embed*", "*time_emb_proj", "proj_out", "*text_projection")
 _GROUPS = (128, 64, 32)    # weights that share a scale, in 4 and 2 bits
 _BLOCK = 64    # nf4 weights that share a scale. Where a row is no whole number of them, bitsandbytes 0.50 is wrong on a CPU
@@ -71,22 +71,39 @@ def check(precision: str, device: str, flag: str) -> None:
         _compile_helper(device, f"{flag} {precision}")
 
 
+def check_names(network: torch.nn.Module, patterns: list[str], flag: str) -> None:
+    """Refuse shell patterns that fit no layer of the network, nor a block of them. Raises `UserError`."""
+    names = [name for name, _ in network.named_modules()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, 1, 0.4)
+            raise UserError(f"{flag} {pattern} fits no layer of this {type(network).__name__}"
+                            + (f"; did you mean {near[0]}?" if near else ": a * stands for any text, as in *.norm1.*"))
+
+
+def _named(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern fits a layer's name, or that of a block that it lies in."""
+    words = name.split(".")
+    names = [".".join(words[:count]) for count in range(1, len(words) + 1)]
+    return any(fnmatch.filter(names, pattern) for pattern in patterns)
+
+
 def apply(network: torch.nn.Module, precision: str, device: torch.device | str | None = None,
           skip: tuple[str, ...] = SKIP) -> int:
     """Quantise the linear layers of a frozen network in place -> how many. Before adapters are added.
 
     One layer at a time, so the peak is the network as it was and one layer; less where its files are mapped, as they
     are on Linux: what is read of them is forgotten again. device: where each layer goes to be quantised and stays
-    (None: where it is); the rest of the network is the caller's to move. skip: shell patterns of names of layers to
-    leave alone; convolutions always are, and with nf4 layers whose inputs are no multiple of 64 (SDXL has none). Never
-    cast the network afterwards.
+    (None: where it is); the rest of the network is the caller's to move. skip: shell patterns of names of layers, or of
+    blocks of them, to leave alone; convolutions always are, and with nf4 layers whose inputs are no multiple of 64 (SDXL
+    and SD3 have none). Never cast the network afterwards.
     """
     if precision == "no_change":
         return 0
     if any(p.requires_grad for p in network.parameters()):
         raise ValueError("only a frozen network is quantised: freeze it first, add adapters afterwards")
     names = [name for name, layer in network.named_modules() if type(layer) is torch.nn.Linear
-             and not any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)
+             and not _named(name, skip)
              and (precision != "nf4-bnb" or layer.in_features % _BLOCK == 0)]
     files, done = _mapped_files(), 0
     for name in names:    # the list holds no layer: each old weight is freed as it is replaced

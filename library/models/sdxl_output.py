@@ -1,15 +1,12 @@
 """What a run of SDXL writes for use: a diffusers folder or one file; and its pipeline, for images while training."""
 
+import functools
 import json
-import os
 import shutil
 from pathlib import Path
 
-import torch
-
-from library.data.cache import os_error, share, sync
 from library.errors import UserError
-from library.models import sdxl
+from library.models import saving, sdxl
 from library.models.sdxl import DTYPES, PARTS, Base
 from library.training import processes
 
@@ -17,15 +14,6 @@ _LIBRARY = {"unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", 
             "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
             "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"), "tokenizer_2": ("transformers", "CLIPTokenizer"),
             "scheduler": ("diffusers", "EulerDiscreteScheduler")}
-
-
-def with_weights(network, state: dict[str, torch.Tensor], dtype: torch.dtype | None = None):
-    """A network of the same kind on the CPU that holds `state`; without a copy where it is there already."""
-    with torch.device("meta"):
-        twin = type(network)(network.config) if hasattr(network.config, "to_dict") else type(network).from_config(network.config)
-    state = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None) for name, tensor in state.items()}
-    twin.load_state_dict(state, assign=True)
-    return twin
 
 
 def save_model(target: Path, args, base: Base, trained: dict, average, schedule) -> list[Path]:
@@ -41,9 +29,11 @@ def save_model(target: Path, args, base: Base, trained: dict, average, schedule)
     if average:
         unet, raw = states["unet"]
         states |= {"unet": (unet, raw | average.averages), "unet_raw": (unet, raw)}
-    networks = {part: with_weights(network, state, dtype) for part, (network, state) in states.items()}
+    networks = {part: saving.with_weights(network, state, dtype) for part, (network, state) in states.items()}
     if kind == "diffusers":
-        _save_folder(target, base, networks, dtype, schedule, guides_from_encoded(args, base))
+        writers = {part: network.save_pretrained for part, network in networks.items()}
+        writers |= {part: functools.partial(_write_frozen, base, part, dtype, schedule) for part in PARTS if part not in networks}
+        saving.write_folder(target, writers, _index(base) | {"force_zeros_for_empty_prompt": not guides_from_encoded(args, base)})
         return [target]
     from library.models.single_file import save_single_file
     frozen = {part: sdxl.load_part(base, part, dtype) for part in PARTS[1:4] if part not in networks}
@@ -80,46 +70,16 @@ def check_base(base: Base, schedule) -> None:
         raise UserError(f"cannot make the scheduler that model_index.json in {base.configs} names: {error}") from error
 
 
-def _save_folder(target: Path, base: Base, networks: dict, dtype, schedule, encoded_null: bool) -> None:
-    """Each part is written beside and renamed, so that a part is never half there; model_index.json comes last."""
-    target.mkdir(parents=True, exist_ok=True)
-    staging = target / ".saving.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        for part in (*PARTS, *(name for name in networks if name not in PARTS)):
-            if part in networks:
-                networks[part].save_pretrained(staging / part)
-            elif part == "scheduler":
-                _sampler(base, schedule).save_pretrained(staging / part)
-            elif part.startswith("tokenizer"):
-                shutil.copytree(base.tokenizers[part.endswith("_2")], staging / part)
-            elif dtype is None and base.variant is None and (found := base.files(part)[0]).is_dir():
-                shutil.copytree(found, staging / part)
-            else:
-                sdxl.load_part(base, part, dtype).save_pretrained(staging / part)
-        for path in sorted(staging.rglob("*")):
-            if path.is_file():
-                share(path)
-            sync(path)
-        for part in sorted(staging.iterdir()):
-            _replace_folder(part, target / part.name)
-        index = _index(base) | {"force_zeros_for_empty_prompt": not encoded_null}
-        (staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        os.replace(staging / "model_index.json", target / "model_index.json")
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":    # its writer reports a full disk so
-            raise OSError(*os_error(error), str(target)) from error
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _replace_folder(new: Path, target: Path) -> None:
-    old = new.with_name(f"{new.name}.old")
-    if target.exists():
-        os.rename(target, old)
-    os.rename(new, target)
-    shutil.rmtree(old, ignore_errors=True)
+def _write_frozen(base: Base, part: str, dtype, schedule, folder: Path) -> None:
+    """A part as it is in the base, where that is a folder; else loaded and saved."""
+    if part == "scheduler":
+        _sampler(base, schedule).save_pretrained(folder)
+    elif part.startswith("tokenizer"):
+        shutil.copytree(base.tokenizers[part.endswith("_2")], folder)
+    elif dtype is None and base.variant is None and (found := base.files(part)[0]).is_dir():
+        shutil.copytree(found, folder)
+    else:
+        sdxl.load_part(base, part, dtype).save_pretrained(folder)
 
 
 def _index(base: Base) -> dict:

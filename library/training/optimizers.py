@@ -144,9 +144,11 @@ def check_optimizer(args, device: str) -> None:
 
 
 def learning_rates(args, global_batch: int) -> dict[str, float]:
-    """Peak rate of each trained network: its own, or --learning_rate."""
-    own = {"unet": getattr(args, "unet_lr", None), "transformer": None, "text_encoder": args.learning_rate_te1,
+    """Peak rate of each trained network: its own, or --learning_rate; T5 is trained only at a rate of its own."""
+    denoiser = getattr(args, "unet_lr", None)
+    own = {"unet": denoiser, "transformer": denoiser, "text_encoder": args.learning_rate_te1,
            "text_encoder_2": args.learning_rate_te2}
+    own |= {"text_encoder_3": args.learning_rate_te3 or 0} if hasattr(args, "learning_rate_te3") else {}
     factor = global_batch if args.scale_lr else 1
     return {name: factor * (args.learning_rate if rate is None else rate) for name, rate in own.items()}
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import train_lora_sd3
 import train_lora_sdxl
+import train_sd3
 import train_sdxl
 from library import flags, parser
 
@@ -175,6 +177,7 @@ SHOWN_BY_ADAPTERS = {
     "lora_alpha": ADAPTERS + "rank_and_alpha_by_all_their_names",
     "network_alpha": ADAPTERS + "rank_and_alpha_by_all_their_names",
     "lora_targets": ADAPTERS + "lora_targets",
+    "lora_layers": ADAPTERS + "lora_targets",
     "lora_dropout": ADAPTERS + "dropouts",
     "network_dropout": ADAPTERS + "dropouts",
     "rank_dropout": ADAPTERS + "dropouts",
@@ -211,6 +214,59 @@ SHOWN_BY_ADAPTERS = {
     "num_class_images": ADAPTERS + "prompts_and_images_of_dreambooth",
 }
 
+FLOW, SPIKES = "unit/test_flow.py::test_each_flag_of_the_objective_changes_the_loss", "recipe/test_sd3_run.py::test_"
+TEXT, SKIPPING = SPIKES + "each_flag_changes_the_loss", SPIKES + "skip_layer_guidance_is_the_pipelines_own"
+OF_DDPM = ("prediction_type", "snr_gamma", "zero_terminal_snr", "timestep_bias_strategy", "timestep_bias_multiplier",
+           "timestep_bias_begin", "timestep_bias_end", "timestep_bias_portion")
+# of train_sd3.py, in place of OF_DDPM
+SHOWN_BY_SD3 = {flag: place for flag, place in SHOWN_BY.items() if flag not in OF_DDPM} | {
+    "no_t5": TEXT,
+    "text_encoder_3_precision": TEXT,
+    "tokenizer_max_length": TEXT,
+    "t5_padding": TEXT,
+    "apply_lg_attn_mask": TEXT,
+    "apply_t5_attn_mask": TEXT,
+    "clip_l_dropout_rate": TEXT,
+    "clip_g_dropout_rate": TEXT,
+    "t5_dropout_rate": TEXT,
+    "sd3_clip_uncond_behaviour": TEXT,
+    "sd3_t5_uncond_behaviour": TEXT,
+    "weighting_scheme": FLOW,
+    "logit_mean": FLOW,
+    "logit_std": FLOW,
+    "mode_scale": FLOW,
+    "precondition_outputs": FLOW,
+    "flow_schedule_shift": FLOW,
+    "flow_schedule_auto_shift": FLOW,
+    "flow_use_uniform_schedule": FLOW,
+    "flow_use_beta_schedule": FLOW,
+    "spike_guard": SPIKES + "a_gradient_that_is_not_finite_is_skipped_and_counted",
+    "spike_factor": SPIKES + "stop_saves_and_ends_and_goes_on_behind_it",
+    "validation_guidance_skip_layers": SKIPPING,
+    "validation_guidance_skip_layers_start": SKIPPING,
+    "validation_guidance_skip_layers_stop": SKIPPING,
+    "validation_guidance_skip_scale": SKIPPING,
+}
+OF_UNETS = ("conv_rank", "conv_alpha", "down_lr_weight", "mid_lr_weight", "up_lr_weight")
+ON_SD3 = "recipe/test_lora_sd3.py::test_"
+# of train_lora_sd3.py, beside those of train_sd3.py, in place of OF_UNETS
+SHOWN_BY_SD3_ADAPTERS = {flag: place for flag, place in SHOWN_BY_ADAPTERS.items() if flag not in OF_UNETS} | {
+    "lora_blocks": ON_SD3 + "lora_blocks_and_lora_layers",
+    "lora_layers": ON_SD3 + "lora_blocks_and_lora_layers",
+    "network_module": ON_SD3 + "network_module_and_args",
+    "network_args": ON_SD3 + "network_module_and_args",
+    "unet_lr": ON_SD3 + "rates_of_all_that_is_trained",
+    "learning_rate_te3": ON_SD3 + "rates_of_all_that_is_trained",
+    "base_model_precision": ON_SD3 + "precisions_and_quantize_exclude",
+    "text_encoder_1_precision": ON_SD3 + "precisions_and_quantize_exclude",
+    "text_encoder_2_precision": ON_SD3 + "precisions_and_quantize_exclude",
+    "text_encoder_3_precision": ON_SD3 + "precisions_and_quantize_exclude",
+    "quantize_exclude": ON_SD3 + "precisions_and_quantize_exclude",
+}
+LISTS = {train_sdxl: SHOWN_BY, train_lora_sdxl: SHOWN_BY | SHOWN_BY_ADAPTERS, train_sd3: SHOWN_BY_SD3,
+         train_lora_sd3: SHOWN_BY_SD3 | SHOWN_BY_SD3_ADAPTERS}
+PLACES = sorted({each for shown in LISTS.values() for each in shown.items()})
+
 
 def names_of_flags(monkeypatch, script) -> set[str]:
     """Every flag that the script's parser knows."""
@@ -227,7 +283,7 @@ def names_of_flags(monkeypatch, script) -> set[str]:
             if option.startswith("--")} - {"help"}
 
 
-@pytest.mark.parametrize(("script", "shown"), [(train_sdxl, SHOWN_BY), (train_lora_sdxl, SHOWN_BY | SHOWN_BY_ADAPTERS)])
+@pytest.mark.parametrize(("script", "shown"), LISTS.items(), ids=[script.__name__ for script in LISTS])
 def test_every_flag_has_its_test(monkeypatch, script, shown):
     known = names_of_flags(monkeypatch, script)
     assert len(known) > 100
@@ -235,12 +291,12 @@ def test_every_flag_has_its_test(monkeypatch, script, shown):
     assert shown.keys() - known == set(), "tests of flags that are gone"
 
 
-@pytest.mark.parametrize("file", sorted({place.split("::")[0] for place in (SHOWN_BY | SHOWN_BY_ADAPTERS).values()}))
+@pytest.mark.parametrize("file", sorted({place.split("::")[0] for _, place in PLACES}))
 def test_the_tests_are_there_and_give_their_flags(file):
     """By name; and the file names each flag on a command line or in a configuration."""
     text = (TESTS / file).read_text()
     functions = {node.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)}
-    for flag, place in (SHOWN_BY | SHOWN_BY_ADAPTERS).items():
+    for flag, place in PLACES:
         if place.startswith(file):
             assert place.split("::")[1] in functions, f"--{flag}: there is no {place}"
             assert f"--{flag}" in text, f"--{flag} is not given in {file}"

@@ -79,6 +79,7 @@ def test_lora_targets(made, placed):
     assert len({frozenset(names) for names in found.values()}) == 5 and placed() == found["attention"]
     named = placed("--lora_targets", "attn2.to_k", "mid_block.attentions.0.proj_in")
     assert all(name.endswith("attn2.to_k") or name == "mid_block.attentions.0.proj_in" for name in named) and len(named) > 2
+    assert placed("--lora_layers", "attn2.to_k, mid_block.attentions.0.proj_in") == named    # diffusers'
     assert placed("--peft_lora_target_modules", '["attn2.to_k", "mid_block.attentions.0.proj_in"]') == named    # SimpleTuner's
     assert made("--lora_targets", "attn2.to_k", "mid_block.attentions.0.proj_in")[0].part("unet").keys() == named.keys()
 

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import tiny
 from browser import columns_of
+from diffusers import StableDiffusion3Pipeline
 from safetensors import safe_open
+from transformers import T5TokenizerFast
 
 import prepare_dataset
+import train_lora_sd3
 import train_lora_sdxl
+import train_sd3
 from library import errors
 from library.data import dataset
 
@@ -264,6 +268,68 @@ def test_the_command_and_config_of_training_do(images, tmp_path, parse):
     done = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and last.startswith("prepare_dataset.py: error: training would not start: ")
+
+
+# SD3
+
+@pytest.fixture(scope="module")
+def sd3_model(tmp_path_factory):
+    return tiny.make_sd3(tmp_path_factory.mktemp("sd3"), "3.5-medium")
+
+
+def test_the_command_of_sd3_is_known_by_its_model_or_its_flags(sd3_model, tiny_model, tmp_path):
+    def of_sd3(*flags):
+        return hasattr(prepare_dataset.parse_args(["--train_data_dir=x", *map(str, flags)]), "weighting_scheme")
+
+    model = "--pretrained_model_name_or_path"
+    file = tiny.write_one_file(tmp_path / "one.safetensors", StableDiffusion3Pipeline.from_pretrained(sd3_model))
+    (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 20)
+    (tmp_path / "config.toml").write_text('model_family = "sd3"\n')
+    for flags in ((model, sd3_model), (model, file), (f"{model}=stabilityai/stable-diffusion-3.5-large",), ("--no_t5",),
+                  ("--training_shift=2",), ("--weighting_scheme", "mode"), ("--model_family=sd3", "--model_flavour=medium"),
+                  ("--config_file", tmp_path / "config.toml")):
+        assert of_sd3(*flags), flags
+    for flags in ((), (model, tiny_model), (model, tmp_path / "cut.safetensors"), ("--snr_gamma=5",), (model, "me/my-model"),
+                  ("--model_family=sdxl",)):
+        assert not of_sd3(*flags), flags
+    needed = ["--pretrained_model_name_or_path=x", "--train_data_dir=x"]
+    theirs = vars(train_sd3.parse_args(needed)) | vars(train_lora_sd3.parse_args(needed))
+    ours = vars(prepare_dataset.parse_args([*needed, "--no_t5"]))
+    assert theirs.keys() <= ours.keys()
+    assert ours.keys() - theirs.keys() == {"report_images", "near_duplicates", "num_processes", "fix"}
+
+
+def test_of_sd3_it_says_what_t5_reads_and_what_its_cache_takes(prepare, images, sd3_model):
+    """In the true widths of its text encoders."""
+    model = f"--pretrained_model_name_or_path={sd3_model}"
+    (images / "image000.txt").write_text(" ".join(["dog"] * 90))
+    (images / "image001.txt").write_text(" ".join(["cat"] * 160))
+    text, columns, ended = prepare(images, model, "--mixed_precision=bf16", "--t5_padding=zero", "--resolution=256",
+                                   "--center_crop")
+    assert ended is None and "1 captions are longer than the 75 tokens of CLIP: T5 alone reads their ends" in text
+    assert "Long caption 1" in text
+    tokenizer = T5TokenizerFast.from_pretrained(sd3_model / "tokenizer_3")
+    prompts = {"", *(path.read_text() for path in images.glob("*.txt"))}
+    t5 = sum(min(154, len(tokenizer(prompt)["input_ids"])) for prompt in prompts) * 4096
+    clips = len(prompts) * (77 * (768 + 1280) + 768 + 1280)
+    assert f"prompts {len(prompts)} {(clips + t5) * 2 / 1e6:.1f} MB" in text
+    assert f"latents 6 {6 * 32 * 32 * 2 * 16 * 4 / 1e6:.1f} MB" in text
+    for flags, numbers in (((), clips + len(prompts) * 154 * 4096), (("--no_t5",), clips),
+                           (("--train_text_encoder",), len(prompts) * 154 * 4096)):
+        text, _, _ = prepare(images, model, "--mixed_precision=no", *flags)
+        assert f"prompts {len(prompts)} {numbers * 4 / 1e6:.1f} MB" in text, flags
+    assert "Long caption 2" in prepare(images, model, "--no_t5")[0]
+
+
+def test_sizes_that_sd3_does_not_take(images, tmp_path):
+    """Of the flags, and of a data set that says its own."""
+    with pytest.raises(SystemExit):
+        prepare_dataset.parse_args(["--train_data_dir=x", "--resolution=72", "--no_t5"])
+    toml = tmp_path / "sets.toml"
+    toml.write_text(f'[[datasets]]\nresolution = 72\n[[datasets.subsets]]\nimage_dir = "{images}"\n')
+    args = prepare_dataset.parse_args([f"--dataset_config={toml}", "--no_t5", f"--output_dir={tmp_path / 'out'}", "--seed=1"])
+    with pytest.raises(errors.UserError, match="images of 72 x 72 pixels: sides must be multiples of 16; change resolution"):
+        prepare_dataset.main(args)
 
 
 def test_only_the_first_of_many_processes_looks(images, tmp_path, monkeypatch):

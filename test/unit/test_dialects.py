@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train_lora_sd3
 import train_lora_sdxl
 import train_sd3
 import train_sdxl
-from library import dialects, flags, flags_adapter, flags_sd3
+from library import dialects
 
 NEEDED = ["--pretrained_model_name_or_path=model", "--train_data_dir=images"]
 
@@ -28,16 +29,7 @@ def parse_sd3(*argv):
 
 
 def parse_lora_sd3(*argv):
-    """The flags of an adapter on SD3, all together."""
-    parser = flags.Parser("train_lora_sd3.py")
-    for add in (flags.add_model_flags, flags_sd3.add_sd3_text_flags, flags_adapter.add_adapter_flags, flags.add_data_flags,
-                flags_adapter.add_dreambooth_flags, flags.add_cache_flags, flags.add_training_flags, flags.add_optimizer_flags,
-                flags.add_flow_objective_flags, flags_sd3.add_spike_flags, flags_sd3.add_quantize_exclude_flag,
-                flags.add_checkpoint_flags, flags.add_validation_flags, flags_sd3.add_skip_layer_flags, flags.add_runtime_flags):
-        add(parser)
-    args = parser.parse_args(argv)
-    flags.check(parser, args)
-    return args
+    return train_lora_sd3.parse_args([*argv])
 
 
 def refused(capsys, *argv) -> str:

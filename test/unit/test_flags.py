@@ -36,6 +36,8 @@ def parser_of(name: str = "train_sdxl.py") -> flags.Parser:
 
 ACTIONS = {action.dest: action for action in parser_of()._actions if action.dest != "help"}
 OF_SD3 = {action.dest: action for action in parser_of("train_sd3.py")._actions if action.dest not in {"help", *ACTIONS}}
+OF_ADAPTERS = {action.dest for action in parser_of("train_lora_sdxl.py")._actions} - {"help", *ACTIONS}
+OF_UNETS = {"conv_rank", "conv_alpha", "down_lr_weight", "mid_lr_weight", "up_lr_weight"}
 
 
 def parse_sd3(*argv):
@@ -127,7 +129,9 @@ def test_the_command_line_of_ascends_scripts(apart):
     assert {name: args[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("name, flags", [("train_sdxl.py", {*ACTIONS}), ("train_sd3.py", {*OF_SD3})])
+@pytest.mark.parametrize("name, flags", [
+    ("train_sdxl.py", {*ACTIONS}), ("train_sd3.py", {*OF_SD3}), ("train_lora_sdxl.py", OF_ADAPTERS),
+    ("train_lora_sd3.py", {*OF_SD3, *OF_ADAPTERS} - OF_UNETS | {"lora_blocks", "learning_rate_te3", "quantize_exclude"})])
 def test_every_flag_is_read_by_something_that_acts_on_it(name, flags):
     # read by dialects.translate, before there are arguments; by a name that is put together; and by flags_sd3.density
     read = {"config_file", "text_encoder_3_precision", "flow_use_uniform_schedule", "flow_use_beta_schedule"}
@@ -160,7 +164,7 @@ def test_no_shared_flag_is_declared_twice():
                 if ast.unparse(node.func).split(".")[-1] in ("add", "add_argument", "switch") and named:
                     declared.append(named[0].lstrip("-"))
     known = {action.dest for name in SCRIPTS if name.startswith("train_") for action in parser_of(name)._actions} - {"help"}
-    assert set(declared) == known | {"quantize_exclude"} and len(set(declared)) == len(declared)
+    assert set(declared) == known and len(set(declared)) == len(declared)
 
 
 # mistakes

@@ -21,7 +21,7 @@ from library.data import draws, prepare
 from library.data.cache import Store
 from library.diffusion.latents import latent_scale
 from library.errors import UserError
-from library.models import sd3, sd3_file, single_file
+from library.models import sd3
 from library.models.encoders import Encoders
 
 PROMPTS = ["", "a photo of a red cat", "blue dog, green house, number 7!", " ".join(["dog"] * 75), " ".join(["cat"] * 76), LONG]
@@ -360,61 +360,6 @@ def test_an_own_mean_of_each_channel_goes_before_the_shift_factor():
     assert latent_scale(config | {"latents_mean": [0.1, 0.2]})[0].flatten().tolist() == pytest.approx([0.1, 0.2])
 
 
-def original_layout(transformer) -> dict[str, torch.Tensor]:
-    """A transformer's weights by the names of Stability's files."""
-    config, state, out = transformer.config, transformer.state_dict(), {}
-
-    def put(name, *sources):
-        for kind in ("weight", "bias"):
-            if f"{sources[0]}.{kind}" in state:
-                out[f"{name}.{kind}"] = torch.cat([state[f"{source}.{kind}"] for source in sources])
-
-    def swap(name, source):    # scale and shift change places
-        for kind in ("weight", "bias"):
-            shift, scale = state[f"{source}.{kind}"].chunk(2)
-            out[f"{name}.{kind}"] = torch.cat([scale, shift])
-
-    out["pos_embed"] = state["pos_embed.pos_embed"]
-    for name, source in {"x_embedder.proj": "pos_embed.proj", "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-                         "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2", "context_embedder": "context_embedder",
-                         "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-                         "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2", "final_layer.linear": "proj_out"}.items():
-        put(name, source)
-    swap("final_layer.adaLN_modulation.1", "norm_out.linear")
-    for number in range(config.num_layers):
-        ours, theirs, last = f"transformer_blocks.{number}", f"joint_blocks.{number}", number == config.num_layers - 1
-        for stream, kinds, prefix in (("x", "q k v", "to_"), ("context", "q k v", "add_")):
-            names = [f"{ours}.attn.{prefix}{kind}" + ("_proj" if prefix == "add_" else "") for kind in kinds.split()]
-            put(f"{theirs}.{stream}_block.attn.qkv", *names)
-        for kind, norm in (("q", "ln_q"), ("k", "ln_k")):
-            put(f"{theirs}.x_block.attn.{norm}", f"{ours}.attn.norm_{kind}")
-            put(f"{theirs}.context_block.attn.{norm}", f"{ours}.attn.norm_added_{kind}")
-            put(f"{theirs}.x_block.attn2.{norm}", f"{ours}.attn2.norm_{kind}")
-        put(f"{theirs}.x_block.attn.proj", f"{ours}.attn.to_out.0")
-        put(f"{theirs}.x_block.adaLN_modulation.1", f"{ours}.norm1.linear")
-        put(f"{theirs}.x_block.mlp.fc1", f"{ours}.ff.net.0.proj")
-        put(f"{theirs}.x_block.mlp.fc2", f"{ours}.ff.net.2")
-        if number in config.dual_attention_layers:
-            put(f"{theirs}.x_block.attn2.qkv", *(f"{ours}.attn2.to_{kind}" for kind in "qkv"))
-            put(f"{theirs}.x_block.attn2.proj", f"{ours}.attn2.to_out.0")
-        (swap if last else put)(f"{theirs}.context_block.adaLN_modulation.1", f"{ours}.norm1_context.linear")
-        if not last:
-            put(f"{theirs}.context_block.attn.proj", f"{ours}.attn.to_add_out")
-            put(f"{theirs}.context_block.mlp.fc1", f"{ours}.ff_context.net.0.proj")
-            put(f"{theirs}.context_block.mlp.fc2", f"{ours}.ff_context.net.2")
-    return {f"model.diffusion_model.{name}": tensor for name, tensor in out.items()}
-
-
-def write_one_file(path, pipeline, *text_encoders: str):
-    state = original_layout(pipeline.transformer) | single_file.to_sgm({"vae": pipeline.vae.state_dict()})
-    for part in text_encoders:
-        own = getattr(pipeline, part).state_dict()
-        own = {name: tensor for name, tensor in own.items() if (part, name) != ("text_encoder", "text_projection.weight")}
-        state |= {sd3_file.PREFIXES[part] + name: tensor for name, tensor in own.items() if "embed_tokens" not in name}
-    save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, path)
-    return path
-
-
 @pytest.mark.parametrize("flavour", list(tiny.SD3))
 def test_every_flavour_loads_from_a_folder_and_from_one_file(parse, tmp_path, flavour):
     folder = tiny.make_sd3(tmp_path / "model", flavour, seed=3)
@@ -422,7 +367,7 @@ def test_every_flavour_loads_from_a_folder_and_from_one_file(parse, tmp_path, fl
     text_encoders = {"medium": sd3.TEXT_ENCODERS, "3.5-medium": (), "3.5-large": sd3.TEXT_ENCODERS[:2]}[flavour]
     torch.nn.init.eye_(pipeline.text_encoder.text_projection.weight)    # a file has none of CLIP ViT-L
     pipeline.text_encoder.save_pretrained(folder / "text_encoder")
-    file = write_one_file(tmp_path / "one.safetensors", pipeline, *text_encoders)
+    file = tiny.write_one_file(tmp_path / "one.safetensors", pipeline, *text_encoders)
     lean = shutil.copytree(folder, tmp_path / "lean")
     for part in ("transformer", "vae", *text_encoders):    # configs alone are taken of what the file holds
         for weights in (lean / part).glob("*.safetensors"):
@@ -463,7 +408,7 @@ def test_parts_that_do_not_belong_together(parse, folder, tmp_path, pipeline):
     with pytest.raises(UserError, match="holds another transformer .*: num_layers is 2 instead of 3"):
         sd3.check_same_transformer(sd3.find_base(parse()), other)
     sd3.check_same_transformer(sd3.find_base(parse()), folder)
-    file = write_one_file(tmp_path / "one.safetensors", pipeline)
+    file = tiny.write_one_file(tmp_path / "one.safetensors", pipeline)
     base = sd3.find_base(parse(f"--pretrained_model_name_or_path={file}", f"--single_file_config={other}"))
     with pytest.raises(UserError, match="is not one of .*--single_file_config"):
         sd3.load_part(base, "transformer", torch.float32)

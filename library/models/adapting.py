@@ -1,11 +1,13 @@
-"""SDXL as adapters are trained on it, and what such a run writes for use: a small file, in the keys of diffusers or of kohya."""
+"""A base as adapters are trained on it, and what such a run writes for use: a small file in the keys of diffusers or kohya."""
 
 import contextlib
 import json
 from pathlib import Path
+from types import ModuleType
 
-from library.models import adapter_files, adapter_merge, adapters, quantize, sdxl
+from library.models import adapter_files, adapter_merge, adapters, quantize
 from library.models.adapter_settings import Settings
+from library.models.parts import DTYPES, Base
 from library.training import processes
 from library.training.accelerator import public
 
@@ -23,7 +25,7 @@ _KOHYA_OTHERS = {"text_encoder_lr": "learning_rate_te1", "batch_size_per_device"
 def header(args) -> dict[str, str]:
     """What an adapter's file tells of its training: all flags that were given a value (as JSON), kohya's ss_*, modelspec's."""
     flags = {flag: value for flag, value in public(args).items() if value not in (None, "", [], False)}
-    ours = {name: name for name in _KOHYA} | _KOHYA_OTHERS
+    ours = {name: flag for name, flag in ({name: name for name in _KOHYA} | _KOHYA_OTHERS).items() if hasattr(args, flag)}
     told = {"flags": json.dumps(flags, ensure_ascii=False)} | {f"ss_{name}": str(getattr(args, ours[name])) for name in ours}
     told |= {f"ss_{name}": Path(value).name for name in ("sd_model_name", "vae_name") if (value := getattr(args, ours[name]))}
     width, height = args.resolution
@@ -33,24 +35,29 @@ def header(args) -> dict[str, str]:
     return told
 
 
-def frozen_unet(args, base: sdxl.Base, precision: str, accelerator):
-    """The base's UNet on the device, as adapters are trained on it: in the run's precision, or quantised. Raises `UserError`."""
-    unet = sdxl.load_part(base, "unet", sdxl.DTYPES[accelerator.mixed_precision])
-    quantize.apply(unet, precision, accelerator.device)
-    sdxl.set_attention(unet, args.enable_xformers_memory_efficient_attention, args.enable_npu_flash_attention)
-    return unet.to(accelerator.device)
+def frozen(model: ModuleType, part: str, args, base: Base, precision: str, accelerator):
+    """The base's "unet" or "transformer" on the device, as adapters are trained on it. Raises `UserError`.
+
+    model: the module `sdxl` or `sd3`. It is in the run's precision, or quantised but for --quantize_exclude.
+    """
+    network = model.load_part(base, part, DTYPES[accelerator.mixed_precision])
+    quantize.apply(network, precision, accelerator.device, (*quantize.SKIP, *getattr(args, "quantize_exclude", [])))
+    model.set_attention(network, args.enable_xformers_memory_efficient_attention, args.enable_npu_flash_attention)
+    return network.to(accelerator.device)
 
 
 def put_on(networks: dict, settings: Settings, start: adapter_files.Adapter | None, seed: int, mixed: bool) -> Settings:
-    """Put a new adapter, or the one to start from, on the UNet and the text encoders that are there -> its settings.
+    """Put a new adapter, or the one to start from, on the networks -> its settings. Raises `UserError`.
 
-    mixed: whether they are called under autocast alone. Raises `UserError`.
+    networks: the UNet or transformer by its name, then the text encoders that are to have one. mixed: whether they are called
+    under autocast alone.
     """
-    text_encoders = [networks.get("text_encoder"), networks.get("text_encoder_2")]
+    denoiser = next(iter(networks.values()))
+    text_encoders = [networks.get(part) for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
     if start:
-        settings = adapter_merge.start_from(start, networks["unet"], text_encoders, settings, seed=seed)
+        settings = adapter_merge.start_from(start, denoiser, text_encoders, settings, seed=seed)
     else:
-        adapters.add(networks["unet"], text_encoders, settings, seed=seed)
+        adapters.add(denoiser, text_encoders, settings, seed=seed)
     for network in networks.values() if mixed else ():
         adapters.leave_casts_to_autocast(network)
     return settings
@@ -59,15 +66,15 @@ def put_on(networks: dict, settings: Settings, start: adapter_files.Adapter | No
 def save(output: Path, name: str, args, networks: dict, settings, average, formats: tuple[str, ...]) -> list[Path]:
     """Write OUTPUT/pytorch_lora_weights.safetensors, OUTPUT/NAME.safetensors in kohya's keys, or both; the main process does.
 
-    On the way, diffusers' file is OUTPUT/NAME/pytorch_lora_weights.safetensors. With an `average` (EMA), the UNet's is
-    written. formats: "diffusers", "kohya" or both. Returns what was written.
+    On the way, diffusers' file is OUTPUT/NAME/pytorch_lora_weights.safetensors. With an `average` (EMA) of the first network,
+    that is written. formats: "diffusers", "kohya" or both. Returns what was written.
     """
     if not processes.is_main():
         return []
     folder, written = output if name == args.output_name else output / name, []
-    dtype = sdxl.DTYPES[args.save_precision] if args.save_precision else None
+    dtype = DTYPES[args.save_precision] if args.save_precision else None
     metadata = {} if args.no_metadata else header(args)
-    with average.applied(networks["unet"]) if average else contextlib.nullcontext():
+    with average.applied(next(iter(networks.values()))) if average else contextlib.nullcontext():
         if "diffusers" in formats:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / "pytorch_lora_weights.safetensors"
