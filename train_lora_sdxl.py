@@ -97,7 +97,7 @@ def main(args):
     cached = Path(args.embedding_cache_dir or output / "cache")
     encoders = sdxl_encoders.Encoders(args, base, accelerator, precisions=text_precisions)
     if args.with_prior_preservation and (missing := class_images.missing(args.class_data_dir, args.num_class_images, seed)):
-        prompt, negative = encoders.prompts([args.class_prompt, ""])
+        (prompt,), negative = encoders.guided([args.class_prompt], None, sdxl_output.base_guides_from_encoded(base))
         encoders.free(vae=False, text=True)
         unet = sdxl_adapter.frozen_unet(args, base, base_precision, accelerator)
         pipeline = sdxl_output.make_pipeline(base, unet, encoders.vae, schedule)
