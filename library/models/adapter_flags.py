@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 from library.errors import UserError
-from library.models import adapter_files, adapter_merge, adapters, quantize
+from library.models import adapter_files, adapter_find, adapter_merge, adapters, quantize
 from library.models.adapter_files import Adapter
 from library.models.adapter_settings import Rates, Settings, block_rates, check, from_kohya
 
@@ -81,7 +81,15 @@ def start_of(args, unet_config) -> Adapter | None:
     """The adapter of --init_lora. Raises `UserError`, also where the flags say that its text encoders are not trained."""
     if not args.init_lora:
         return None
-    adapter = adapter_files.read(args.init_lora, unet_config)
+    path, weight = adapter_find.find(args.init_lora)
+    if weight != 1:
+        raise UserError(f"--init_lora {args.init_lora}: there is no weight to start from; convert_lora.py merge FILE=WEIGHT "
+                        "--output OTHER makes a file of it")
+    adapter = adapter_files.read(path, unet_config)
+    for key, own in adapter.modules.items():
+        if not all(tensor.isfinite().all() for tensor in own.values()):
+            raise UserError(f"--init_lora {args.init_lora}: {key} holds NaN or infinite values: the file is of a run that went "
+                            "wrong, or damaged")
     for part, number in (("text_encoder", 1), ("text_encoder_2", 2)):
         rate = (args.learning_rate_te1, args.learning_rate_te2)[number - 1]
         if adapter.part(part) and not (args.train_text_encoder and rate != 0):
