@@ -8,7 +8,7 @@
     python convert_lora.py extract --base base_model --tuned my_model --rank 64 --output my_lora.safetensors
     python convert_lora.py resize my_lora.safetensors --energy 0.95 --rank 32 --output smaller.safetensors
 
-Files of diffusers, PEFT, kohya and LyCORIS are read. No input is ever changed. docs/convert_lora.md says what each does.
+Files of diffusers, kohya and LyCORIS are read. No input is ever changed. docs/convert_lora.md says what each does.
 """
 
 from library import errors, flags

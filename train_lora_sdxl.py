@@ -98,7 +98,7 @@ def main(args):
     cached = Path(args.embedding_cache_dir or output / "cache")
     encoders = Encoders(sdxl, args, base, accelerator, precisions=text_precisions, adapted=True)
     if args.with_prior_preservation and (missing := class_images.missing(args.class_data_dir, args.num_class_images, seed)):
-        prompt, negative = encoders.prompts([args.class_prompt, ""])
+        (prompt,), negative = encoders.guided([args.class_prompt], None, sdxl_output.base_guides_from_encoded(base))
         encoders.free(vae=False, text=True)
         drawn_by = adapting.frozen(sdxl, "unet", args, base, base_precision, accelerator)
         pipeline = sdxl_output.make_pipeline(base, drawn_by, encoders.vae, schedule)

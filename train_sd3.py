@@ -198,8 +198,9 @@ def main(args):
     if state.step < steps:
         return running.say(f"stopped after step {state.step} of {steps}; --resume_from_checkpoint latest goes on from there")
 
+    name = args.output_name if args.save_model_as != "diffusers" else ""
     with optimizers.evaluated(optimizer):
-        written = sd3_output.save_model(output, args, base, networks, average)
+        written = sd3_output.save_model(output / name, args, base, networks, average)
     if accelerator.is_main_process:
         written += [report.write_loss_curve(output), report.write_report(
             output, title=output.resolve().name, command=running.command(), versions=running.versions(device),

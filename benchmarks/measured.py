@@ -1,5 +1,6 @@
-"""What the benchmarks share: the launch of a training script, its flags, and what a tree of processes uses."""
+"""What the benchmarks share: the launch of a training script, its flags, and what a step or a tree of processes uses."""
 
+import functools
 import os
 import resource
 import subprocess
@@ -17,6 +18,34 @@ OURS = HERE.parent / "train_sdxl.py"
 class Used:
     cpu: float     # seconds, user and system, of the process and all its children
     wall: float    # seconds
+
+
+class Watch:
+    """Adds up CPU-seconds by name, step by step."""
+
+    def __init__(self):
+        self.steps: list[dict[str, float]] = []
+        self._now, self._since = {}, 0.0
+
+    def timed(self, name: str, function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            begin = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._now[name] = self._now.get(name, 0.0) + time.process_time() - begin
+        return call
+
+    def stop(self) -> None:
+        """A step is over."""
+        now = time.process_time()
+        if self._since:
+            self.steps.append(self._now | {"whole": now - self._since})
+
+    def start(self) -> None:
+        """The next one begins; what was done in between does not count."""
+        self._now, self._since = {}, time.process_time()
 
 
 def flags(data: Path, model: str, output: Path, *more: str, photos: str = "photos") -> list[str]:

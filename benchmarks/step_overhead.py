@@ -2,15 +2,17 @@
 
     python benchmarks/make_data.py out/bench
     python benchmarks/step_overhead.py out/bench --model tiny --steps 120
+    python benchmarks/step_overhead.py out/bench --model tiny --steps 120 --script train_lora_sdxl.py
 
-Runs train_sdxl.py in this process with warm caches and counts CPU-seconds around the calls of the UNet, of backward,
+Runs the script in this process with warm caches and counts CPU-seconds around the calls of the UNet, of backward,
 of clip_grad_norm_ and of the optimizer; all the rest of a step (batch, loss, log, schedule) is the overhead.
-Before every step it also makes a step of a bare loop on a second UNet with the same batch: forward, backward,
-clipping, fused AdamW and nothing else. So both see the same machine; medians over the steps are compared.
+Before every step it also makes a step of a bare loop on a second UNet (with train_lora_sdxl.py: on PEFT's LoRA of rank 16
+on it) with the same batch: forward, backward, clipping, fused AdamW and nothing else. So both see the same machine;
+medians over the steps are compared.
 """
 
 import argparse
-import functools
+import importlib
 import os
 import statistics
 import sys
@@ -18,48 +20,25 @@ import tempfile
 import time
 from pathlib import Path
 
-from measured import OURS, environment, flags, pin
+from measured import OURS, Watch, environment, flags, pin
 from measured import run as fill
 
 WARM_UP = 5    # first steps, not counted
 
 
-class Watch:
-    """Adds up CPU-seconds by name, step by step."""
-
-    def __init__(self):
-        self.steps: list[dict[str, float]] = []
-        self._now, self._since = {}, 0.0
-
-    def timed(self, name: str, function):
-        @functools.wraps(function)
-        def call(*args, **kwargs):
-            begin = time.process_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._now[name] = self._now.get(name, 0.0) + time.process_time() - begin
-        return call
-
-    def stop(self) -> None:
-        """A step is over."""
-        now = time.process_time()
-        if self._since:
-            self.steps.append(self._now | {"whole": now - self._since})
-
-    def start(self) -> None:
-        """The next one begins; what was done in between does not count."""
-        self._now, self._since = {}, time.process_time()
-
-
 class BareLoop:
-    """Forward, backward, clipping and fused AdamW on ready tensors."""
+    """Forward, backward, clipping and fused AdamW on ready tensors. lora: of a LoRA on the attention layers, the rest frozen."""
 
-    def __init__(self, model: Path):
+    def __init__(self, model: Path, lora: bool):
         import torch
         from diffusers import UNet2DConditionModel
         self.unet = UNet2DConditionModel.from_pretrained(model / "unet").train()
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-5, fused=True)
+        if lora:
+            from peft import LoraConfig
+            self.unet.requires_grad_(False)
+            self.unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+        self.trained = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
         self.seconds: list[float] = []
 
     def step(self, batch: dict) -> None:
@@ -70,7 +49,7 @@ class BareLoop:
         begin = time.process_time()
         prediction = self.unet(*ready, added_cond_kwargs=cond).sample
         torch.nn.functional.mse_loss(prediction, noise).backward()
-        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.seconds.append(time.process_time() - begin)
@@ -109,6 +88,7 @@ def instrument(watch: Watch, bare: BareLoop | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder of make_data.py")
+    parser.add_argument("--script", default=OURS.name, choices=(OURS.name, "train_lora_sdxl.py"))
     parser.add_argument("--model", default="tiny", choices=("tiny", "small"))
     parser.add_argument("--photos", default="photos_80", help="folder of photographs in DATA")
     parser.add_argument("--steps", type=int, default=60)
@@ -121,18 +101,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = flags(args.data, args.model, Path(folder) / "out", "--max_train_steps", str(args.steps),
                     "--embedding_cache_dir", str(Path(folder) / "cache"), photos=args.photos)
-        fill([sys.executable, str(OURS), *run], environment())    # the caches; its output is of no use here
-        sys.path.insert(0, str(OURS.parent))
-        import train_sdxl
-        watch = Watch()
-        instrument(watch, None if args.no_bare else (bare := BareLoop(args.data / args.model)))
+        script = OURS.with_name(args.script)
+        fill([sys.executable, str(script), *run, "--cache_only"], environment())
+        sys.path.insert(0, str(script.parent))
+        task, watch = importlib.import_module(script.stem), Watch()
+        instrument(watch, None if args.no_bare else (bare := BareLoop(args.data / args.model, "lora" in script.stem)))
         run[run.index("--output_dir") + 1] = str(Path(folder) / "again")
-        train_sdxl.main(train_sdxl.parse_args(run))
+        task.main(task.parse_args(run))
 
     steps = watch.steps[WARM_UP:]
     whole = sum(step["whole"] for step in steps)
     parts = {name: sum(step.get(name, 0.0) for step in steps) for name in ("forward", "backward", "clip", "optimizer")}
-    print(f"\n{args.model}: {len(steps)} steps of {statistics.median(step['whole'] for step in steps):.4f} CPU-s (median)")
+    median = statistics.median(step["whole"] for step in steps)
+    print(f"\n{args.script}, {args.model}: {len(steps)} steps of {median:.4f} CPU-s (median)")
     for name, seconds in parts.items():
         print(f"  {name:10} {seconds / whole:7.2%}")
     each = [1 - sum(step.get(name, 0.0) for name in parts) / step["whole"] for step in steps]

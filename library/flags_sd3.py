@@ -97,8 +97,8 @@ def faults_of_sd3(args: argparse.Namespace) -> list[str]:
     steps = {"bucket_reso_steps": args.enable_bucket, "aspect_bucket_alignment": args.data_backend_config}
     faults += [f"--{name} {getattr(args, name)} {why}" for name, used in steps.items()
                if used and getattr(args, name) % SIZE_STEP]
-    if not hasattr(args, "lora_type") and args.save_model_as != "diffusers":
-        faults.append(f"--save_model_as {args.save_model_as}: SD3 is written as a diffusers folder alone")
+    if not hasattr(args, "lora_type") and args.save_model_as == "ckpt":
+        faults.append("--save_model_as ckpt: SD3 is written as a diffusers folder, or as one file with safetensors")
     return faults
 
 

@@ -29,6 +29,9 @@ SETTINGS_KEY = "adapter_settings"    # of our header: the settings, as JSON
 _PEFT_HEADER = "lora_adapter_metadata"
 _KINDS = {"lora_down.weight": "lora", "hada_w1_a": "loha", "lokr_w1": "lokr", "lokr_w1_a": "lokr", "oft_blocks": "oft",
           "a1.weight": "glora", "diff": "full", "w_norm": "norm"}
+_TOGETHER = {"lora_down.weight": ["lora_up.weight"], "lora_up.weight": ["lora_down.weight"], "lokr_w1_a": ["lokr_w1_b"],
+             "hada_w1_a": ["hada_w1_b", "hada_w2_a", "hada_w2_b"], "lokr_w2_a": ["lokr_w2_b"],
+             "lora_mid.weight": ["lora_down.weight", "lora_up.weight"], "a1.weight": ["a2.weight", "b1.weight", "b2.weight"]}
 _TENSORS = """lora_down.weight lora_up.weight lora_mid.weight alpha dora_scale hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1
     hada_t2 lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 oft_blocks rescale a1.weight a2.weight b1.weight
     b2.weight bm.weight diff diff_b w_norm b_norm""".split()
@@ -70,7 +73,7 @@ class Adapter:
     @property
     def multiplier(self) -> float:
         """LyCORIS' multiplier in training: the weight at which the file does what was trained."""
-        settings = json.loads(self.metadata.get(SETTINGS_KEY, "{}"))
+        settings = json.loads(self.metadata.get(SETTINGS_KEY) or "{}")
         return float((settings.get("lycoris_config") or {}).get("multiplier", 1.0))
 
     def part(self, name: str) -> dict[str, dict[str, Tensor]]:
@@ -234,12 +237,33 @@ def read(path: str | Path, config=SDXL_UNET) -> Adapter:
     if unknown or not modules:
         raise UserError(f"{path} is not an adapter of {family} of a known kind: {len(unknown)} of {len(raw)} tensors have no "
                         f"known place{', first ' + unknown[0] if unknown else ''}")
+    _refuse_damaged(path, modules, metadata)
     first = next(iter(raw))
     fmt = "lycoris" if first.startswith("lycoris_") else "kohya" if first.startswith("lora_") else "diffusers"
-    _complete(modules, json.loads(metadata.get(_PEFT_HEADER, "{}")), fmt)
+    _complete(modules, json.loads(metadata.get(_PEFT_HEADER) or "{}"), fmt)
     if family == SD3:
         modules = sd3_adapter.to_diffusers(modules)
     return Adapter(kind_of(modules), dict(modules), metadata, fmt, family)
+
+
+def _refuse_damaged(path: Path, modules: dict[str, dict[str, Tensor]], metadata: dict[str, str]) -> None:
+    for name in (_PEFT_HEADER, SETTINGS_KEY):
+        try:
+            whole = isinstance(json.loads(metadata.get(name) or "{}"), dict)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise UserError(f"{path} is damaged: {name} in its header is not a JSON object; copy it again")
+    for key, own in modules.items():
+        lacking = [name for has, needs in _TOGETHER.items() if has in own for name in needs if name not in own]
+        lacking += [f"lokr_w{n}" for n in "12" if any(name.startswith("lokr_") for name in own)
+                    and not any(name.startswith(f"lokr_w{n}") for name in own)]
+        if lacking or not any(name in _KINDS for name in own):
+            raise UserError(f"{path} is not whole: {key} has {', '.join(own)} and no {lacking[0] if lacking else 'weights'}; "
+                            "copy it again, or make it anew")
+        if "lora_up.weight" in own and "lora_mid.weight" not in own and (
+                (up := own["lora_up.weight"].shape[1]) != (down := len(own["lora_down.weight"]))):
+            raise UserError(f"{path} is damaged: of {key}, lora_down is of rank {down} and lora_up of rank {up}")
 
 
 def _refuse_others(path: Path, raw: dict[str, Tensor], wanted: str) -> None:

@@ -28,7 +28,7 @@ def find(text: str) -> tuple[Path, float]:
     if path.is_dir() and not (path / DIFFUSERS_NAME).is_file():
         files = sorted(path.glob("*.safetensors"))
         if len(files) != 1:
-            there = f"several: {', '.join(file.name for file in files)}" if files else "none"
-            raise UserError(f"the folder {path} should hold one adapter, and there is {there}; name the file")
+            there = f"there are {', '.join(file.name for file in files)}" if files else "there is none"
+            raise UserError(f"the folder {path} should hold one adapter, and {there}; name the file")
         return files[0], weight
     return path / DIFFUSERS_NAME if path.is_dir() else path, weight

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 from library.errors import UserError
-from library.models import adapter_files, adapter_merge, adapters, quantize, sd3_adapter
+from library.models import adapter_files, adapter_find, adapter_merge, adapters, quantize, sd3_adapter
 from library.models.adapter_files import SD3, Adapter
 from library.models.adapter_settings import RATE_ARGS, Rates, Settings, block_rates, check, from_kohya
 
@@ -99,7 +99,15 @@ def start_of(args, config) -> Adapter | None:
     """The adapter of --init_lora. Raises `UserError`, also where the flags say that its text encoders are not trained."""
     if not args.init_lora:
         return None
-    adapter = adapter_files.read(args.init_lora, config)
+    path, weight = adapter_find.find(args.init_lora)
+    if weight != 1:
+        raise UserError(f"--init_lora {args.init_lora}: there is no weight to start from; convert_lora.py merge FILE=WEIGHT "
+                        "--output OTHER makes a file of it")
+    adapter = adapter_files.read(path, config)
+    for key, own in adapter.modules.items():
+        if not all(tensor.isfinite().all() for tensor in own.values()):
+            raise UserError(f"--init_lora {args.init_lora}: {key} holds NaN or infinite values: the file is of a run that went "
+                            "wrong, or damaged")
     rates = args.learning_rate_te1, args.learning_rate_te2, getattr(args, "learning_rate_te3", None) or 0
     for number, (part, rate) in enumerate(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), rates, strict=True), 1):
         if adapter.part(part) and not (args.train_text_encoder and rate != 0):

@@ -175,11 +175,16 @@ class Encoders:
             return batch | self.model.assemble(fields, **self.options)
 
     def shown(self, args, prompts: PromptSource, encoded_null: bool = True) -> tuple[list[Prompt], Prompt]:
-        """Validation's prompts, and what guidance starts from: the negative prompt, the encoded empty one, or zeros."""
-        *positive, negative = self.prompts([*args.validation_prompt, args.validation_negative_prompt or ""], prompts)
-        if not (encoded_null or args.validation_negative_prompt):
-            negative = Prompt("", torch.zeros_like(negative.hidden), torch.zeros_like(negative.pooled))
-        return positive, negative
+        """Validation's prompts, and what guidance starts from."""
+        return self.guided(args.validation_prompt, args.validation_negative_prompt, encoded_null, prompts)
+
+    def guided(self, texts: list[str], negative: str | None, encoded_null: bool = True,
+               source: PromptSource | None = None) -> tuple[list[Prompt], Prompt]:
+        """Prompts to draw, and what guidance starts from: the negative prompt, the encoded empty one, or zeros."""
+        *positive, start = self.prompts([*texts, negative or ""], source)
+        if not (encoded_null or negative):
+            start = Prompt("", torch.zeros_like(start.hidden), torch.zeros_like(start.pooled))
+        return positive, start
 
     def prompts(self, texts: list[str], source: PromptSource | None = None) -> list[Prompt]:
         """Prompts ready to be drawn; from the store if they are cached. The empty one is what the run makes of it."""

@@ -57,9 +57,14 @@ def make_pipeline(base: Base, unet, vae, schedule):
         scheduler=_sampler(base, schedule), add_watermarker=False)
 
 
+def base_guides_from_encoded(base: Base) -> bool:
+    """Whether the base's guidance starts from the encoded empty prompt; SDXL's own starts from zeros."""
+    return not _index(base)["force_zeros_for_empty_prompt"]
+
+
 def guides_from_encoded(args, base: Base) -> bool:
     """Whether guidance starts from the encoded empty prompt (else from zeros): it does where that was trained."""
-    return args.proportion_empty_prompts > 0 or not _index(base)["force_zeros_for_empty_prompt"]
+    return args.proportion_empty_prompts > 0 or base_guides_from_encoded(base)
 
 
 def check_base(base: Base, schedule) -> None:

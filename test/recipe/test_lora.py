@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from forks import REPOSITORY
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_data_sets import losses
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -107,3 +107,19 @@ def test_fewer_casts_are_the_same_bits(train_lora, tmp_path, monkeypatch, kind):
     fewer = losses(train_lora(*flags))
     monkeypatch.setattr(adapters, "leave_casts_to_autocast", lambda network: None)
     assert losses(train_lora(*flags, "--output_dir", tmp_path / "more")) == fewer
+
+
+def test_an_adapter_that_went_wrong_and_another_rank_are_refused_before_anything_is_made(train_lora, tmp_path):
+    from library.errors import UserError
+    out = train_lora("--max_train_steps", 1, "--lora_format", "both")
+    state = load_file(out / "last.safetensors")
+    name = next(name for name in state if "lora_up" in name)
+    save_file(state | {name: torch.full_like(state[name], float("nan"))}, tmp_path / "nan.safetensors")
+    for given, said in ((tmp_path / "nan.safetensors", "holds NaN or infinite values"),
+                        (f"{out / 'last.safetensors'}=0.5", "there is no weight to start from"),
+                        (tmp_path / "no", "there is no adapter")):
+        with pytest.raises(UserError, match=said):
+            train_lora("--init_lora", given, "--output_dir", tmp_path / "new", without=["rank"])
+        assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="was made with --rank 4, not 8"):
+        train_lora("--rank", 8, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")

@@ -359,3 +359,31 @@ def test_formats_are_refused_before_training(tmp_path):
     with pytest.raises(UserError, match="text encoder"):
         adapter_files.save(tmp_path / "a.safetensors", {"text_encoder": encoder}, Settings(), "lycoris")
     assert not any(tmp_path.iterdir())
+
+
+PLACE = "lora_unet_mid_block_attentions_0_proj_in"
+FACTORS = {"lora_down.weight": torch.ones(4, 8), "lora_up.weight": torch.ones(8, 4), "alpha": torch.tensor(4.0)}
+LOKR = {"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(4, 2), "lokr_w2_b": torch.ones(2, 4), "alpha": torch.tensor(2.0)}
+
+
+@pytest.mark.parametrize("own, header, said", [
+    ({name: FACTORS[name] for name in ("lora_down.weight", "alpha")}, {}, "is not whole: .* and no lora_up.weight"),
+    ({name: FACTORS[name] for name in ("lora_up.weight", "alpha")}, {}, "is not whole: .* and no lora_down.weight"),
+    ({"alpha": FACTORS["alpha"]}, {}, "is not whole: .* has alpha and no weights"),
+    ({name: LOKR[name] for name in ("lokr_w1", "alpha")}, {}, "and no lokr_w2"),
+    ({name: LOKR[name] for name in ("lokr_w1", "lokr_w2_a", "alpha")}, {}, "and no lokr_w2_b"),
+    (FACTORS | {"lora_up.weight": torch.ones(8, 2)}, {}, "lora_down is of rank 4 and lora_up of rank 2"),
+    (FACTORS, {"lora_adapter_metadata": "{x"}, "lora_adapter_metadata in its header is not a JSON object"),
+    (FACTORS, {"adapter_settings": "[1]"}, "adapter_settings in its header is not a JSON object")])
+def test_what_is_not_whole_is_refused_when_it_is_read(tmp_path, own, header, said):
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({f"{PLACE}.{name}": tensor for name, tensor in own.items()}, path, header)
+    with pytest.raises(UserError, match=said):
+        adapter_files.read(path)
+
+
+def test_whole_ones_are_read(tmp_path):
+    for own in (FACTORS, LOKR):
+        path = tmp_path / "a.safetensors"
+        safetensors.torch.save_file({f"{PLACE}.{name}": tensor for name, tensor in own.items()}, path)
+        assert adapter_files.read(path).modules["unet.mid_block.attentions.0.proj_in"].keys() == own.keys()
