@@ -134,7 +134,7 @@ def idle_adapter_flags(args: argparse.Namespace) -> list[tuple[tuple[str, ...], 
     needs = [
         (("num_class_images",), args.with_prior_preservation, "without --with_prior_preservation"),
         (("lycoris_config",), lycoris and not exists, "without --lora_type lycoris"),
-        (_OF_A_NEW_ONE, not kohya or exists, "with --network_module, whose --network_args say it"),
+        ((*_OF_A_NEW_ONE, "lora_type"), not kohya or exists, "with --network_module, whose --network_args say it"),
         ((*_OF_A_NEW_ONE, "rank", "lora_alpha", "lora_dropout", "rank_dropout", "module_dropout"), not lycoris or exists,
          "with --lora_type lycoris, whose --lycoris_config says it"),
         ((*_OF_A_NEW_ONE, "lora_type", "rank", "lora_alpha"), not exists, "with --init_lora, whose file says it"),

@@ -1,14 +1,13 @@
 """The flags of an adapter, in whichever trainer's terms -> its settings and rates."""
 
 import json
+import re
 from dataclasses import replace
 
 from library.errors import UserError
 from library.models import adapter_files, adapter_find, adapter_merge, adapters, quantize, sd3_adapter
 from library.models.adapter_files import SD3, Adapter
-from library.models.adapter_settings import RATE_ARGS, Rates, Settings, block_rates, check, from_kohya
-
-PRESETS = ("attention", "attention-ff", "kohya", "convolutions", "all-linear")
+from library.models.adapter_settings import PRESETS, RATE_ARGS, Rates, Settings, block_rates, check, from_kohya, nearest
 
 
 def adapter_of(args, network) -> tuple[Adapter | None, Settings, Rates, tuple[str, ...]]:
@@ -26,8 +25,25 @@ def adapter_of(args, network) -> tuple[Adapter | None, Settings, Rates, tuple[st
     elif settings.kind == "lycoris":
         adapters.add(network, [], settings)
     else:
+        _check_patterns(args, network, settings)
         adapters.targets(network, settings)
     return start, settings, rates, formats
+
+
+def _check_patterns(args, network, settings: Settings) -> None:
+    """Refuse a --rank_pattern or --alpha_pattern that fits no layer: it would change nothing."""
+    if args.network_module or not (args.rank_pattern or args.alpha_pattern):
+        return
+    layers = list(adapters.targets(network, replace(settings, rank_pattern={}, alpha_pattern={})))
+    for flag in ("rank_pattern", "alpha_pattern"):
+        for pattern, _ in getattr(args, flag):
+            try:
+                fits = any(re.search(rf"(^|\.)({pattern})(\.|$)", name) for name in layers)
+            except re.error as error:
+                raise UserError(f"--{flag} {pattern} is not a regular expression: {error}") from None
+            if not fits:
+                words = {word for name in layers for word in (name, *name.split("."))}
+                raise UserError(f"--{flag} {pattern} fits no layer that gets an adapter{nearest(pattern, words)}")
 
 
 def precisions_of(args, device: str) -> list[str]:

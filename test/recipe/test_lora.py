@@ -1,9 +1,11 @@
 """train_lora_sdxl.py on the tiny model: it starts as the base, learns, stops and goes on, and writes what others load."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ import torch
 from forks import REPOSITORY
 from safetensors.torch import load_file, save_file
 from test_data_sets import losses
+
+import train_lora_sdxl
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 KINDS = [(), ("--use_dora",), ("--use_rslora",), ("--lora_type", "loha", "--lora_format", "kohya"),
@@ -123,3 +127,25 @@ def test_an_adapter_that_went_wrong_and_another_rank_are_refused_before_anything
         assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="was made with --rank 4, not 8"):
         train_lora("--rank", 8, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+
+
+@pytest.mark.parametrize("flags, said", [
+    (("--rank_pattern", "mid_blok=4"), "--rank_pattern mid_blok fits no layer that gets an adapter; did you mean mid_block?"),
+    (("--alpha_pattern", "attn3=4"), "--alpha_pattern attn3 fits no layer"),
+    (("--rank_pattern", "mid[=4"), "is not a regular expression")])
+def test_patterns_that_fit_nothing_are_refused(tiny_model, flags, said):
+    from diffusers import UNet2DConditionModel
+
+    from library.errors import UserError
+    from library.models import adapter_flags
+    args = train_lora_sdxl.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", *flags])
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(json.loads((Path(tiny_model) / "unet" / "config.json").read_text()))
+    with pytest.raises(UserError, match=re.escape(said)):
+        adapter_flags.adapter_of(args, unet)
+
+
+def test_a_kind_beside_kohyas_module_is_told(capsys):
+    train_lora_sdxl.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--lora_type=lokr",
+                                "--network_module=networks.lora", "--network_train_unet_only"])
+    assert "--lora_type has no effect with --network_module" in capsys.readouterr().err
