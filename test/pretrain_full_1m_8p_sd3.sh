@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# SD 3.5 Medium, all of the transformer, on eight devices of one machine.
+#   bash test/pretrain_full_1m_8p_sd3.sh
+# Change the values here, or give them as flags: --max_train_epoch=13. Any other flag of train_sd3.py works as well.
+script=train_sd3.py
+network=sd3_full
+model_name=stabilityai/stable-diffusion-3.5-medium    # a folder, or a name on the hub
+dataset_name=lambdalabs/naruto-blip-captions    # a folder of images, or a name on the hub
+batch_size=4
+resolution=1024,1024
+max_train_epoch=120
+nproc_per_node=8
+script_flags=(--enable_bucket --gradient_checkpointing --learning_rate 1e-6 --lr_scheduler cosine_with_restarts --lr_warmup_steps 0)
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
