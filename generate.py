@@ -242,6 +242,7 @@ def main(args):
     prompts, (family, index) = read_prompts(args), family_of(args)
     check_family(args, family)
     start, device, output = read_start(args, SIDE[family]), devices.best(), Path(args.output_dir)
+    devices.prepare(device)
     loras = [adapter_find.find(text) for text in args.lora]
     pipeline = load_pipeline(args, family, index, start.size if start else args.size, device)
     if loras:

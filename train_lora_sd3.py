@@ -49,7 +49,8 @@ from library.data import dataset, findings, loader
 from library.diffusion import ddpm, ema, flow
 from library.models import adapter_flags, adapting, caching, quantize, sd3, sd3_output
 from library.models.encoders import Encoders
-from library.training import checkpoints, meter, offload, optimizers, plan, signals, spikes
+from library.training import checkpoints, meter, offload, optimizers, plan, sharding, signals, spikes
+from library.training import layer_statistics as layers
 from library.validation import class_images, dataset_report, report
 from library.validation import images as validation
 from library.validation import loss as evaluation
@@ -135,11 +136,11 @@ def main(args):
 
     # optimizer: the schedule counts optimizer steps, whatever the accumulation or the number of processes
     groups = adapters.parameter_groups(networks, optimizers.learning_rates(args, facts["global_batch"]), rates)
-    average = ema.EMA(transformer, args.ema_decay) if args.use_ema else None    # of what is trained, which the rates decide
     optimizer = optimizers.from_groups(args, groups, device.type)
     lr_schedule = optimizers.make_lr_schedule(args, optimizer, steps)
     everything = torch.nn.ModuleList(networks.values())
     *wrapped, optimizer = accelerator.prepare(*networks.values(), optimizer)
+    average = ema.EMA(transformer, args.ema_decay) if args.use_ema else None    # of what is trained, which the rates decide
     encoders.call_wrapped(dict(zip(networks, wrapped, strict=True)))
     kept = {f"{part}.{name}": value for part, network in networks.items() for name, value in adapters.state_dict(network).items()}
     state = checkpoints.State({}, optimizer, lr_schedule, accelerator.scaler, average, adapter=kept)
@@ -148,7 +149,7 @@ def main(args):
     state.check_space(output, optimizers.state_bytes(args))
 
     batches = loader.Loader(data, order, latents, prompts, args, seed, accelerator)
-    log = meter.Meter(output, trackers, state, steps, args.logging_steps, device.type)
+    log = meter.Meter(output, trackers, state, steps, args.logging_steps, device.type, layers.record(args, networks, batches))
     guard = spikes.SpikeGuard(args.spike_guard, args.spike_factor, state, accelerator.scaler, output, log.counts)
     stop = signals.StopRequest()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -186,7 +187,7 @@ def main(args):
             accelerator.backward(loss)
             spike = False
             if accelerator.sync_gradients and (args.max_grad_norm or guard.on):
-                norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                norm = sharding.clip_grad_norm(accelerator, parameters, args.max_grad_norm or math.inf)
                 spike = guard.refuses(norm, state.step + 1)
                 if not spike:
                     log.add_norm(norm)

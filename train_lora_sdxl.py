@@ -44,7 +44,8 @@ from library.data import dataset, findings, loader
 from library.diffusion import ddpm, ema
 from library.models import adapter_flags, adapting, caching, quantize, sdxl, sdxl_output
 from library.models.encoders import Encoders
-from library.training import checkpoints, meter, offload, optimizers, plan, signals
+from library.training import checkpoints, meter, offload, optimizers, plan, sharding, signals
+from library.training import layer_statistics as layers
 from library.validation import class_images, dataset_report, report
 from library.validation import images as validation
 from library.validation import loss as evaluation
@@ -128,11 +129,11 @@ def main(args):
 
     # optimizer: the schedule counts optimizer steps, whatever the accumulation or the number of processes
     groups = adapters.parameter_groups(networks, optimizers.learning_rates(args, facts["global_batch"]), rates)
-    average = ema.EMA(unet, args.ema_decay) if args.use_ema else None    # of what is trained, which the rates decide
     optimizer = optimizers.from_groups(args, groups, device.type)
     lr_schedule = optimizers.make_lr_schedule(args, optimizer, steps)
     everything = torch.nn.ModuleList(networks.values())
     *wrapped, optimizer = accelerator.prepare(*networks.values(), optimizer)
+    average = ema.EMA(unet, args.ema_decay) if args.use_ema else None    # of what is trained, which the rates decide
     encoders.call_wrapped(dict(zip(networks, wrapped, strict=True)))
     kept = {f"{part}.{name}": value for part, network in networks.items() for name, value in adapters.state_dict(network).items()}
     state = checkpoints.State({}, optimizer, lr_schedule, accelerator.scaler, average, adapter=kept)
@@ -141,7 +142,7 @@ def main(args):
     state.check_space(output, optimizers.state_bytes(args))
 
     batches = loader.Loader(data, order, latents, prompts, args, seed, accelerator)
-    log = meter.Meter(output, trackers, state, steps, args.logging_steps, device.type)
+    log = meter.Meter(output, trackers, state, steps, args.logging_steps, device.type, layers.record(args, networks, batches))
     stop = signals.StopRequest()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -176,7 +177,7 @@ def main(args):
                 loss = training_loss(wrapped[0], batch, schedule, timestep_cdf, args)
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
-                log.add_norm(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
+                log.add_norm(sharding.clip_grad_norm(accelerator, parameters, args.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         log.add(loss, len(batch["latents"]))    # stays on the device: no wait for it here

@@ -41,10 +41,11 @@ import torch
 
 from library.data import dataset, findings, loader
 from library.diffusion import ddpm, ema, flow
-from library.models import caching, sd3, sd3_output
+from library.models import attention, caching, sd3, sd3_output
 from library.models.encoders import Encoders
 from library.training import accelerator as running
-from library.training import checkpoints, meter, optimizers, plan, signals, spikes
+from library.training import checkpoints, meter, optimizers, plan, sharding, signals, spikes
+from library.training import layer_statistics as layers
 from library.validation import dataset_report
 from library.validation import images as validation
 from library.validation import loss as evaluation
@@ -110,16 +111,16 @@ def main(args):
 
     # models: the transformer, and with it the CLIPs if they are trained
     transformer = sd3.load_part(base, "transformer", torch.float32, found and found.path).requires_grad_(True).train()
-    sd3.set_attention(transformer, args.enable_xformers_memory_efficient_attention, args.enable_npu_flash_attention)
+    attention.set_attention(transformer, args.attention_mechanism, args.sageattention_usage)
     networks = {"transformer": transformer} | sd3.trainable_text_encoders(args, encoders)
     if args.gradient_checkpointing:
         sd3.enable_gradient_checkpointing(networks)
-    average = ema.EMA(transformer.to(device), args.ema_decay) if args.use_ema else None
 
     # optimizer: the schedule counts optimizer steps, whatever the accumulation or the number of processes
     optimizer = optimizers.make_optimizer(args, networks, global_batch, device.type)
     lr_schedule = optimizers.make_lr_schedule(args, optimizer, steps)
     *wrapped, optimizer = accelerator.prepare(*networks.values(), optimizer)
+    average = ema.EMA(transformer, args.ema_decay) if args.use_ema else None
     if args.train_text_encoder:
         encoders.call_wrapped(dict(zip(networks, wrapped, strict=True)))
     state = checkpoints.State(networks, optimizer, lr_schedule, accelerator.scaler, average)
@@ -128,7 +129,7 @@ def main(args):
     state.check_space(output, optimizers.state_bytes(args))
 
     batches = loader.Loader(data, order, latents, prompts, args, seed, accelerator)
-    log = meter.Meter(output, trackers, state, steps, args.logging_steps, device.type)
+    log = meter.Meter(output, trackers, state, steps, args.logging_steps, device.type, layers.record(args, networks, batches))
     guard = spikes.SpikeGuard(args.spike_guard, args.spike_factor, state, accelerator.scaler, output, log.counts)
     stop = signals.StopRequest()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -164,7 +165,7 @@ def main(args):
             accelerator.backward(loss)
             spike = False
             if accelerator.sync_gradients and (args.max_grad_norm or guard.on):
-                norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                norm = sharding.clip_grad_norm(accelerator, parameters, args.max_grad_norm or math.inf)
                 spike = guard.refuses(norm, state.step + 1)
                 if not spike:
                     log.add_norm(norm)

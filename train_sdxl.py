@@ -36,10 +36,11 @@ import torch
 
 from library.data import dataset, findings, loader
 from library.diffusion import ddpm, ema
-from library.models import caching, sdxl, sdxl_output
+from library.models import attention, caching, sdxl, sdxl_output
 from library.models.encoders import Encoders
 from library.training import accelerator as running
-from library.training import checkpoints, meter, optimizers, plan, signals
+from library.training import checkpoints, meter, optimizers, plan, sharding, signals
+from library.training import layer_statistics as layers
 from library.validation import dataset_report
 from library.validation import images as validation
 from library.validation import loss as evaluation
@@ -101,17 +102,17 @@ def main(args):
 
     # models: the UNet, and with it the text encoders if they are trained
     unet = sdxl.load_part(base, "unet", torch.float32, found and found.path).requires_grad_(True).train()
-    sdxl.set_attention(unet, args.enable_xformers_memory_efficient_attention, args.enable_npu_flash_attention)
+    attention.set_attention(unet, args.attention_mechanism, args.sageattention_usage)
     networks = {"unet": unet} | sdxl.trainable_text_encoders(args, encoders)
     if args.gradient_checkpointing:
         sdxl.enable_gradient_checkpointing(networks)
-    average = ema.EMA(unet.to(device), args.ema_decay) if args.use_ema else None
     schedule.alphas_cumprod = schedule.alphas_cumprod.to(device)
 
     # optimizer: the schedule counts optimizer steps, whatever the accumulation or the number of processes
     optimizer = optimizers.make_optimizer(args, networks, global_batch, device.type)
     lr_schedule = optimizers.make_lr_schedule(args, optimizer, steps)
     *wrapped, optimizer = accelerator.prepare(*networks.values(), optimizer)
+    average = ema.EMA(unet, args.ema_decay) if args.use_ema else None
     if args.train_text_encoder:
         encoders.call_wrapped(dict(zip(networks, wrapped, strict=True)))
     state = checkpoints.State(networks, optimizer, lr_schedule, accelerator.scaler, average)
@@ -120,7 +121,7 @@ def main(args):
     state.check_space(output, optimizers.state_bytes(args))
 
     batches = loader.Loader(data, order, latents, prompts, args, seed, accelerator)
-    log = meter.Meter(output, trackers, state, steps, args.logging_steps, device.type)
+    log = meter.Meter(output, trackers, state, steps, args.logging_steps, device.type, layers.record(args, networks, batches))
     stop = signals.StopRequest()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -152,7 +153,7 @@ def main(args):
             loss = training_loss(wrapped[0], batch, schedule, timestep_cdf, args)
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
-                log.add_norm(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
+                log.add_norm(sharding.clip_grad_norm(accelerator, parameters, args.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         log.add(loss, len(batch["latents"]))    # stays on the device: no wait for it here

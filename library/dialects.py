@@ -30,7 +30,6 @@ RENAMED = {
     "resize_interpolation": "image_interpolation_mode",
     "cache_latents_to_disk": "cache_latents",
     "cache_text_encoder_outputs_to_disk": "cache_text_encoder_outputs",
-    "xformers": "enable_xformers_memory_efficient_attention",
     "resume": "resume_from_checkpoint",
     "log_with": "report_to",
     "log_tracker_name": "tracker_project_name",
@@ -80,6 +79,8 @@ VALUES = {
     "vae_dtype": {"float": "fp32", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"},
     "image_interpolation_mode": {"linear": "bilinear", "cubic": "bicubic", "area": "box"},
     "mixed_precision": {"none": "no"},
+    "attention_mechanism": {"diffusers": "default", "flash-attn": "flash", "flash-attn-2": "flash"},    # SimpleTuner
+    "sageattention_usage": {"both": "training+inference"},
     "lora_type": {"standard": "lora"},
     "lora_init_type": {"default": "kaiming"},
     "lora_format": {"comfyui": "kohya"},
@@ -93,15 +94,17 @@ SCRIPTS = {("sdxl", "full"): "train_sdxl.py", ("sdxl", "lora"): "train_lora_sdxl
 FLAVOURS = {"sdxl": {"base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
                      "base-0.9": "stabilityai/stable-diffusion-xl-base-0.9"},
             "sd3": {"medium": "stabilityai/stable-diffusion-3.5-medium", "large": "stabilityai/stable-diffusion-3.5-large"}}
-ATTENTION = {"xformers": ["--enable_xformers_memory_efficient_attention"], "diffusers": []}    # the latter is what torch has
-_OF_SIMPLETUNER = ("model_family", "model_type", "model_flavour", "attention_mechanism")
+# Switches of diffusers, kohya and Ascend that choose one attention.
+ATTENTION = {"enable_xformers_memory_efficient_attention": "xformers", "xformers": "xformers", "sdpa": "sdpa",
+             "enable_npu_flash_attention": "npu"}
+_OF_SIMPLETUNER = ("model_family", "model_type", "model_flavour")
 _PROMPTS = "user_prompt_library"    # SimpleTuner's file of validation prompts
 _OF_KOHYAS_NETWORKS = ("network_train_unet_only", "network_train_text_encoder_only", "dim_from_weights", "text_encoder_lr")
 
 
 def names() -> list[str]:
     """Every foreign flag, with its dashes."""
-    return [f"--{name}" for name in (*RENAMED, *REPLACED, *_OF_SIMPLETUNER, _PROMPTS, *_OF_KOHYAS_NETWORKS)]
+    return [f"--{name}" for name in (*RENAMED, *REPLACED, *ATTENTION, *_OF_SIMPLETUNER, _PROMPTS, *_OF_KOHYAS_NETWORKS)]
 
 
 def translate(argv: list[str], script: str | None = None, adapters: bool = False) -> list[str]:
@@ -119,7 +122,7 @@ def translate(argv: list[str], script: str | None = None, adapters: bool = False
             argv = read_config(Path(value if equals else argv[index + 1])) + list(argv)
             break
 
-    groups = _with_library(_without_zeros(_groups(argv)))
+    groups = _with_attention(_with_library(_without_zeros(_groups(argv))))
     translated, model = _of_networks(groups) if adapters else [], {}
     for name, equals, values in groups:
         flag = RENAMED.get(name, name)
@@ -178,6 +181,20 @@ def _with_library(groups: list[tuple[str, bool, list[str]]]) -> list[tuple[str, 
     return others + ([("validation_prompt", False, prompts)] if prompts else [])
 
 
+def _with_attention(groups: list[tuple[str, bool, list[str]]]) -> list[tuple[str, bool, list[str]]]:
+    """Switches that choose an attention -> --attention_mechanism, in the place of the last; those that are off are left out."""
+    switches = {name: ((values or ["true"])[-1].lower(), place) for place, (name, _, values) in enumerate(groups)
+                if name in ATTENTION}    # the last of each counts
+    on = {name: place for name, (value, place) in switches.items() if value not in ("false", "0", "no", "off")}
+    for name, (value, _) in switches.items():
+        if name in on and value not in ("true", "1", "yes", "on"):
+            raise DialectError(f"--{name}: {value!r} is neither true nor false")
+    if len({ATTENTION[name] for name in on}) > 1:
+        raise DialectError(f"{' and '.join(f'--{name}' for name in on)} exclude each other: each chooses an attention")
+    chosen = {place: ("attention_mechanism", True, [ATTENTION[name]]) for name, place in on.items()}
+    return [chosen.get(place, group) for place, group in enumerate(groups) if group[0] not in ATTENTION or place in chosen]
+
+
 def _of_networks(groups: list[tuple[str, bool, list[str]]]) -> list[str]:
     """kohya trains adapters of the text encoders, too, unless told not to, or unless their outputs are cached.
 
@@ -215,8 +232,7 @@ def _model(given: dict[str, str], script: str) -> list[str]:
     own_family, own_type = families.get(script, ("sdxl", None))
     family, kind = given.get("model_family", own_family), given.get("model_type", own_type)
     for name, value, known in (("model_family", family, FLAVOURS), ("model_type", kind, ("full", "lora", None)),
-                               ("model_flavour", given.get("model_flavour"), (None, *FLAVOURS.get(family, ()))),
-                               ("attention_mechanism", given.get("attention_mechanism"), (None, *ATTENTION))):
+                               ("model_flavour", given.get("model_flavour"), (None, *FLAVOURS.get(family, ())))):
         if value not in known:
             raise DialectError(f"--{name} is {value!r}, and there is {' and '.join(filter(None, known))} here")
     if script in families and SCRIPTS[family, kind] != script:
@@ -224,8 +240,7 @@ def _model(given: dict[str, str], script: str) -> list[str]:
         absent = "" if (Path(__file__).parent.parent / other).exists() else ", which this version does not have"
         raise DialectError(f"--model_family {family} with --model_type {kind} is not what {script} trains, but {other}{absent}")
     flavour = given.get("model_flavour")
-    base = [f"--pretrained_model_name_or_path={FLAVOURS[family][flavour]}"] if flavour else []
-    return base + ATTENTION.get(given.get("attention_mechanism"), [])
+    return [f"--pretrained_model_name_or_path={FLAVOURS[family][flavour]}"] if flavour else []
 
 
 def script_of(config: str | Path) -> str:

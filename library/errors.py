@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import os
 import sys
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+ended_on = ""    # the message that ended this process, for the others of its run
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO}
 
 
@@ -15,6 +17,7 @@ class UserError(Exception):
 @contextlib.contextmanager
 def exit_on_user_error(program: str):
     """Print a `UserError` (or what the disk refuses) as one message and leave with status 2; with 130 on Ctrl-C."""
+    global ended_on
     try:
         yield
     except UserError as error:
@@ -27,14 +30,29 @@ def exit_on_user_error(program: str):
         else:
             raise
     except KeyboardInterrupt:    # before the first step: what is cached so far is kept
+        ended_on = "interrupted"
         _close_bars()
         print(f"{program}: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     else:
         return
+    ended_on = message
     _close_bars()
     print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def explain_imports(program: str) -> None:
+    """Have a PyTorch that cannot load what belongs to a device end in one sentence, too: it fails in `import torch`."""
+    def hook(kind, error, traceback):
+        if not (issubclass(kind, RuntimeError) and "backend extension" in str(error)):
+            return sys.__excepthook__(kind, error, traceback)
+        what = f"PyTorch: {str(error).partition('. ')[0]} ({error.__cause__})"
+        print(f"{program}: error: {what}. If it is torch_npu: `source set_env.sh` of CANN first, install the version that "
+              "belongs to this torch, or `pip uninstall torch-npu`", file=sys.stderr, flush=True)
+        os._exit(2)    # Python's own status would be 1; nothing has begun that could be left half done
+
+    sys.excepthook = hook
 
 
 def _close_bars() -> None:

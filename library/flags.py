@@ -19,13 +19,15 @@ from library.parser import COUNT, FRACTION, NOT_NEGATIVE, Parser, number, size, 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
                  "piecewise_constant", "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay")
 OPTIMIZERS = (
-    "adamw", "adamw_fused", "adamw_8bit", "adamw_bf16", "adafactor", "sgd", "lion", "stableadamw", "flashadamw", "ademamix",
-    "adopt", "prodigy", "dadapt-adam", "dadapt-lion", "dadapt-sgd", "dadapt-adagrad", "dadapt-adan",
+    "adamw", "adamw_fused", "oss", "adamw_8bit", "adamw_bf16", "adafactor", "sgd", "lion", "stableadamw", "flashadamw",
+    "ademamix", "adopt", "prodigy", "dadapt-adam", "dadapt-lion", "dadapt-sgd", "dadapt-adagrad", "dadapt-adan",
     "adamw-schedulefree", "radam-schedulefree", "sgd-schedulefree", "came", "soap", "muon", "optimi-adam", "optimi-adamw",
     "optimi-lion", "optimi-stableadamw", "optimi-adan", "optimi-ranger", "optimi-radam", "optimi-sgd", "bnb-adam", "bnb-adam8bit",
     "bnb-adamw", "bnb-adamw-paged", "bnb-adamw8bit-paged", "bnb-lion", "bnb-lion8bit", "bnb-lion-paged", "bnb-lion8bit-paged",
     "bnb-ademamix", "bnb-ademamix8bit", "bnb-ademamix-paged", "bnb-ademamix8bit-paged", "bnb-adagrad", "bnb-adagrad8bit",
     "bnb-sgd", "bnb-sgd8bit", "ao-adamw8bit", "ao-adamw4bit", "ao-adamwfp8", "ao-adamfp8")
+
+ATTENTION = ("default", "sdpa", "xformers", "flash", "sageattention", "npu")
 
 
 def add_model_flags(parser: Parser, required: bool = True) -> None:
@@ -46,8 +48,10 @@ def add_model_flags(parser: Parser, required: bool = True) -> None:
     add("--vae_dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
         help="precision of the VAE; SDXL's own VAE overflows in fp16")
     switch(group, "gradient_checkpointing", "recompute activations in the backward pass: less memory, more time")
-    switch(group, "enable_xformers_memory_efficient_attention", "attention by xformers (CUDA and ROCm)")
-    switch(group, "enable_npu_flash_attention", "fused attention by torch_npu (Ascend)")
+    add("--attention_mechanism", default="default", choices=ATTENTION, metavar="NAME",
+        help=f"of the UNet or transformer: {', '.join(ATTENTION)}; default and sdpa are PyTorch's, npu is Ascend's")
+    add("--sageattention_usage", default="inference", choices=("inference", "training", "training+inference"), metavar="WHEN",
+        help="sageattention: inference (validation alone), training or training+inference")
 
 
 def add_training_flags(parser: Parser) -> None:
@@ -56,6 +60,8 @@ def add_training_flags(parser: Parser) -> None:
     add("--train_batch_size", type=COUNT, default=16, metavar="N", help="images a device takes at once")
     add("--gradient_accumulation_steps", type=COUNT, default=1, metavar="N",
         help="batches added up for one optimizer step")
+    add("--global_batch_size", type=COUNT, metavar="N",
+        help="images of one optimizer step on any number of processes: the accumulation follows from it")
     add("--num_train_epochs", type=COUNT, default=100, metavar="N", help="how often each image is seen")
     add("--max_train_steps", type=COUNT, metavar="N", help="optimizer steps; overrides --num_train_epochs")
     add("--learning_rate", type=NOT_NEGATIVE, default=1e-4, metavar="LR", help="peak learning rate")
@@ -110,6 +116,8 @@ def add_optimizer_flags(parser: Parser) -> None:
     add("--optimizer_args", nargs="+", default=[], type=lambda text: keyword(text) and text, metavar="K=V",
         help="keywords of the optimizer's class, such as d_coef=2 betas=0.9,0.99")
     switch(group, "use_8bit_adam", "the same as --optimizer adamw_8bit")
+    add("--optimizer_sharding", default="none", choices=("none", "zero1"),
+        help="zero1: each process keeps the optimizer's state of its share of the parameters alone")
     add("--adam_beta1", type=FRACTION, metavar="B", help="decay of the first moment (default: its own, AdamW's is 0.9)")
     add("--adam_beta2", type=FRACTION, metavar="B", help="decay of the second moment (default: its own, AdamW's is 0.999)")
     add("--adam_weight_decay", type=NOT_NEGATIVE, metavar="W", help="weight decay (default: its own, AdamW's is 0.01)")
@@ -184,12 +192,16 @@ def add_runtime_flags(parser: Parser) -> None:
         help="precision of the forward pass (default: accelerate's)")
     add("--local_rank", type=int, default=-1, metavar="N",
         help="set by torch.distributed.launch; LOCAL_RANK goes before it")
+    add("--rank_timeout", type=number(float, low=1), default=120, metavar="SECONDS",
+        help="a process without a sign of life for so long ends the run and is named; one that is late is named")
     add("--report_to", default="tensorboard", metavar="NAME", choices=("tensorboard", "wandb", "all", "none"),
         help="tensorboard, wandb, all or none")
     add("--logging_dir", default="logs", metavar="DIR", help="folder of TensorBoard's files, inside OUTPUT_DIR")
     add("--tracker_project_name", default="text2image-fine-tune", metavar="NAME",
         help="name of the project in the trackers")
     add("--logging_steps", type=COUNT, default=10, metavar="N", help="optimizer steps between two lines of the log")
+    add("--layer_statistics", type=COUNT, metavar="N",
+        help="write what each layer computes at step 1 and every N steps, for tools/compare_runs.py (default: never)")
 
 
 def add_validation_flags(parser: Parser) -> None:
@@ -225,6 +237,7 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("learning_rate_te1", "learning_rate_te2"):
         if getattr(args, name) is not None and not args.train_text_encoder:
             faults.append(f"--{name} needs --train_text_encoder")
+    faults += _derive_accumulation(parser, args)
     if args.push_to_hub and args.save_model_as != "diffusers":
         faults.append("--push_to_hub needs --save_model_as diffusers")
     if getattr(args, "zero_terminal_snr", False) and args.prediction_type == "epsilon":
@@ -235,6 +248,20 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
     if os.environ.get("RANK", "0") == "0":
         for note in without_effect(parser, args):
             print(f"{parser.prog}: note: {note}", file=sys.stderr)
+
+
+def _derive_accumulation(parser: Parser, args: argparse.Namespace) -> list[str]:
+    """Set the accumulation that makes --global_batch_size on the processes that were launched; the reason if none does."""
+    if args.global_batch_size is None:
+        return []
+    if args.gradient_accumulation_steps != parser.get_default("gradient_accumulation_steps"):
+        return ["--global_batch_size and --gradient_accumulation_steps exclude each other: one follows from the other"]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    args.gradient_accumulation_steps, rest = divmod(args.global_batch_size, args.train_batch_size * processes)
+    if not rest:
+        return []
+    return [f"--global_batch_size {args.global_batch_size} is no multiple of --train_batch_size {args.train_batch_size} x "
+            f"{processes} process{'es' if processes > 1 else ''}"]
 
 
 def without_effect(parser: Parser, args: argparse.Namespace) -> list[str]:
@@ -249,6 +276,7 @@ def without_effect(parser: Parser, args: argparse.Namespace) -> list[str]:
         *idle_data_flags(args), *(idle_adapter_flags(args) if hasattr(args, "lora_type") else []),
         *(idle_sd3_flags(args) if hasattr(args, "weighting_scheme") else []),
         (("ema_decay",), args.use_ema, "without --use_ema"),
+        (("sageattention_usage",), args.attention_mechanism == "sageattention", "without --attention_mechanism sageattention"),
         (shown, args.validation_prompt, "without --validation_prompt"),
         (("hub_model_id", "hub_token"), args.push_to_hub, "without --push_to_hub"),
     ]

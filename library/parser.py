@@ -5,7 +5,7 @@ import difflib
 import math
 import sys
 
-from library import dialects
+from library import dialects, errors
 
 SIZE_STEP = 8    # the VAE halves an image three times
 
@@ -31,6 +31,8 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
 
     def parse_args(self, argv=None, namespace=None):
+        if argv is None:    # a script begins, and imports torch next
+            errors.explain_imports(self.prog)
         argv = sys.argv[1:] if argv is None else list(argv)
         try:
             argv = dialects.translate(argv, adapters="--network_module" in self._option_string_actions)

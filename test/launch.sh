@@ -6,6 +6,8 @@
 #   device                                auto, npu, cuda, cpu
 #   nproc_per_node nnodes node_rank master_ip master_port
 #   max_restarts                          how often a group with a dead worker starts again by itself, from its last checkpoint
+#   min_nodes                             go on with so many machines when others are lost (with --global_batch_size, as before)
+#   rdzv_conf                             more settings of the machines' meeting, such as last_call_timeout=10
 #   output_path                           model, logs and results; of many machines, the same shared folder
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -14,10 +16,10 @@ complain() { echo "error: $*" >&2; exit 2; }
 
 network=${network:-$(basename "$script" .py)} model_name=${model_name:-} vae_name=${vae_name:-} dataset_name=${dataset_name:-}
 batch_size=${batch_size:-4} resolution=${resolution:-1024,1024} mixed_precision=${mixed_precision:-} device=auto
-max_train_epoch=${max_train_epoch:-120} max_train_steps='' output_path='' max_restarts=0
+max_train_epoch=${max_train_epoch:-120} max_train_steps='' output_path='' max_restarts=0 min_nodes='' rdzv_conf=''
 nproc_per_node=${nproc_per_node:-1} nnodes=${nnodes:-1} node_rank=0 master_ip='' master_port=8989
 known=" model_name vae_name dataset_name batch_size resolution mixed_precision max_train_epoch max_train_steps device nproc_per_node
- nnodes node_rank master_ip master_port max_restarts output_path "
+ nnodes min_nodes node_rank master_ip master_port max_restarts rdzv_conf output_path "
 
 passed=()
 while [ $# -gt 0 ]; do
@@ -37,7 +39,8 @@ while [ $# -gt 0 ]; do
     fi
     shift
 done
-for name in batch_size max_train_epoch nproc_per_node nnodes master_port; do
+min_nodes=${min_nodes:-$nnodes}
+for name in batch_size max_train_epoch nproc_per_node nnodes min_nodes master_port; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || complain "--$name=${!name}: give a whole number above 0"
 done
 for name in node_rank max_restarts; do
@@ -45,6 +48,8 @@ for name in node_rank max_restarts; do
 done
 [ -z "$max_train_steps" ] || [[ $max_train_steps =~ ^[1-9][0-9]*$ ]] || complain "--max_train_steps=$max_train_steps: give a whole number above 0"
 [ "$node_rank" -lt "$nnodes" ] || complain "--node_rank=$node_rank: of $nnodes machines, the last has rank $((nnodes - 1))"
+[ "$min_nodes" -le "$nnodes" ] || complain "--min_nodes=$min_nodes: there are $nnodes machines"
+[ "$min_nodes" -eq "$nnodes" ] || [ "$max_restarts" -gt 0 ] || complain "--min_nodes needs --max_restarts: the others start again"
 [ "$nnodes" -eq 1 ] || [ -n "$master_ip" ] || complain "--master_ip is missing: the address of the machine with --node_rank=0, on all machines"
 [ -n "$model_name" ] || complain "--model_name is missing: the folder of the base model, or its name on the hub"
 [ -n "$dataset_name" ] || complain "--dataset_name is missing: the folder of the images, or the name of a data set on the hub"
@@ -74,14 +79,22 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / nproc_per_node > 0 ? cores 
 case_name=${network}_bs${batch_size}_$((nnodes * nproc_per_node))p
 output_path=${output_path:-$here/output/$case_name}
 mkdir -p "$output_path" || complain "--output_path: cannot make $output_path"
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}    # else twenty lines of C++ for each connection that a dead process leaves
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # else the processes of a restart read what those before it left (pytorch 135712)
 if [ $((nnodes * nproc_per_node)) -eq 1 ] && [ "$max_restarts" -eq 0 ]; then
     launcher=("$python")
 elif [ "$nnodes" -eq 1 ]; then    # finds a free port
     launcher=("$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc_per_node" --max_restarts="$max_restarts")
 elif [ "$max_restarts" -gt 0 ]; then    # machines that meet anew when one of them has lost a worker
-    launcher=("$python" -m torch.distributed.run --nnodes="$nnodes" --nproc_per_node="$nproc_per_node" --max_restarts="$max_restarts"
-              --rdzv_backend=c10d --rdzv_endpoint="$master_ip:$master_port" --rdzv_id="$case_name"
-              --rdzv_conf="is_host=$([ "$node_rank" -eq 0 ] && echo true || echo false)")
+    # by which address this machine is reached: its name need not be known to the others
+    own=$("$python" -c 'import socket, sys
+probe = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, socket.SOCK_DGRAM)
+probe.connect((sys.argv[1], int(sys.argv[2])))
+print(probe.getsockname()[0])' "$master_ip" "$master_port") || complain "--master_ip=$master_ip: no way leads there from this machine"
+    launcher=("$python" -m torch.distributed.run --nnodes="$min_nodes:$nnodes" --nproc_per_node="$nproc_per_node"
+              --max_restarts="$max_restarts" --rdzv_backend=c10d --rdzv_endpoint="$master_ip:$master_port" --rdzv_id="$case_name"
+              --local_addr="$own"
+              --rdzv_conf="is_host=$([ "$node_rank" -eq 0 ] && echo true || echo false)${rdzv_conf:+,$rdzv_conf}")
 else
     launcher=("$python" -m torch.distributed.run --nnodes="$nnodes" --nproc_per_node="$nproc_per_node" --node_rank="$node_rank"
               --master_addr="$master_ip" --master_port="$master_port")

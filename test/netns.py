@@ -2,8 +2,11 @@
 
 import contextlib
 import os
+import pathlib
 import shutil
+import signal
 import subprocess
+import time
 import uuid
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -17,8 +20,9 @@ def lacking() -> str:
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if made.returncode:
         return f"network namespaces cannot be made: {made.stderr.strip()}"
+    named = shutil.which("unshare") and subprocess.run(["unshare", "--uts", "hostname", name], capture_output=True)
     subprocess.run(["ip", "netns", "del", name], check=True)
-    return ""
+    return "" if named and not named.returncode else "a name of its own cannot be given to a process (`unshare --uts`)"
 
 
 @contextlib.contextmanager
@@ -42,8 +46,9 @@ def machines():
 
 
 def on(machine: tuple[str, str], command: list[str]) -> list[str]:
-    """A command line that runs `command` on one of the machines."""
-    return ["ip", "netns", "exec", machine[0], *command]
+    """A command line that runs `command` on one of the machines, which has a host name of its own."""
+    named = 'hostname "$0" && exec "$@"'
+    return ["ip", "netns", "exec", machine[0], "unshare", "--uts", "sh", "-c", named, machine[0], *command]
 
 
 def environment(machine: tuple[str, str]) -> dict[str, str]:
@@ -54,6 +59,24 @@ def environment(machine: tuple[str, str]) -> dict[str, str]:
 def cut(machine: tuple[str, str]) -> None:
     """Pull the cable."""
     _ip("-n", machine[0], "link", "set", machine[1], "down")
+
+
+def processes(machine: tuple[str, str]) -> dict[int, list[str]]:
+    """The processes on a machine: {process id: its command line}."""
+    found = {}
+    for pid in subprocess.run(["ip", "netns", "pids", machine[0]], check=True, capture_output=True, text=True).stdout.split():
+        with contextlib.suppress(OSError):
+            found[int(pid)] = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    return found
+
+
+def fail(machine: tuple[str, str]) -> None:
+    """All of its processes at once, as when the power fails."""
+    while left := processes(machine):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def _ip(*words: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from library.training import processes
+from library.training import processes, watch
 
 SHARD_BYTES = 64 * 2**20    # also what a crash can cost, with SHARD_SECONDS
 SHARD_SECONDS = 60
@@ -32,11 +32,13 @@ def make_key(*parts) -> bytes:
 
 
 class Store:
-    """The shards of one folder. `damaged` names those that were thrown away when it was opened."""
+    """The shards of one folder. `damaged` names those that were thrown away when it was opened. All processes open it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self.team = processes.team(folder)    # processes that share it, and the work
+        self.leads = processes.rank() == self.team[0]
         self.damaged: list[str] = []
         self._open: dict[int, object] = {}
         self.refresh()
@@ -49,21 +51,22 @@ class Store:
         seen = _read_json(self.folder / "checked.json")
         keys, shard_of, state = [], [], {}
         for number, shard in enumerate(self._shards):
-            status = shard.stat()
-            state[shard.name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
             try:
+                status = shard.stat()
+                state[shard.name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
                 names = _read_shard(shard, check=seen.get(shard.name) != state[shard.name])
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as fault:
                 self.damaged.append(f"{shard.name}: {fault}")
-                del state[shard.name]
-                _discard(shard)
+                state.pop(shard.name, None)
+                if self.leads:
+                    _discard(shard)
                 continue
             keys += names
             shard_of += [number] * len(names)
         order = np.argsort(np.array(keys, KEY), kind="stable")
         self._keys = np.array(keys, KEY)[order]
         self._shard_of = np.array(shard_of, np.int32)[order]
-        if processes.is_main() and state != seen:
+        if self.leads and state != seen:
             _write_json(self.folder / "checked.json", state)
 
     def has(self, keys: np.ndarray) -> np.ndarray:
@@ -129,13 +132,13 @@ class Writer:
 
 
 def fill(store: Store, groups: list, load, encode, advance) -> None:
-    """Encode this process's share of `groups` into `store`; decoding of the next ones overlaps.
+    """Encode this process's share of `groups` into `store`; decoding of the next ones overlaps. All processes call this.
 
-    groups: lists of jobs, each encoded as one batch, the same on every process.
+    groups: lists of jobs, each encoded as one batch, the same on every process that shares the store's folder.
     load(group) -> input of encode, in threads; encode(group, loaded) -> {key: {field: tensor}}.
     advance(count) is told how many jobs are done.
     """
-    mine = groups[processes.rank()::processes.world()]
+    mine = processes.share(groups, store.team)
     threads = max(1, min(8, (os.cpu_count() or 1) - 1))
     with ThreadPoolExecutor(threads) as pool, Writer(store.folder) as writer:
         ahead = [pool.submit(load, group) for group in mine[:threads + 1]]
@@ -146,6 +149,7 @@ def fill(store: Store, groups: list, load, encode, advance) -> None:
             for key, fields in encode(group, loaded).items():
                 writer.add(key, **fields)
             advance(len(group))
+    watch.now("waiting until all have encoded their share")
     processes.meet()
     store.refresh()
 
@@ -206,11 +210,10 @@ def _checksum(tensor: torch.Tensor) -> int:
 
 
 def _discard(path: Path) -> None:
-    if processes.is_main():
-        try:
-            path.unlink(missing_ok=True)
-        except PermissionError:    # a cache shared read-only: left to its owner
-            return
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:    # a cache shared read-only: left to its owner
+        return
 
 
 def os_error(fault: SafetensorError) -> tuple[int, str]:

@@ -13,6 +13,7 @@ from library.data.sources import opening
 from library.data.specs import Described, Origin, Spec
 from library.data.table import Table, build, join, subset
 from library.errors import UserError
+from library.training import agreement
 
 _MASK_TOLERANCE = 0.02    # of the aspect ratio: a mask is made from its image, or it belongs to another one
 
@@ -85,6 +86,7 @@ def load(args, seed: int, index_dir: Path, decode: bool) -> Data:
         try:
             loaded.append(_load_set(spec, args, index_dir, decode or spec.latents != "disk"))
         except UserError as fault:    # all of them at once
+            agreement.check_fault(fault)
             faults.append(str(fault))
     if faults:
         raise UserError("\n".join(faults))
@@ -104,6 +106,7 @@ def load(args, seed: int, index_dir: Path, decode: bool) -> Data:
     if args.masked_loss and not data.table.masked:
         raise UserError("--masked_loss: no data set has masks; name them by --conditioning_data_dir, or use --alpha_mask")
     data.table.sets = _balance(data.table)
+    agreement.check_table(data.table)
     return data
 
 
@@ -146,6 +149,7 @@ def _open(spec: Spec, skip_bad: bool, index_dir: Path, decode: bool):
     except UserError as fault:
         if skip_bad:
             raise
+        agreement.check_fault(fault)
         try:
             source = opening.open_source(spec, index_dir, True)
             name_faults(scan(source, index_dir, decode)[1], source, skip=False)

@@ -19,6 +19,7 @@ from library.data.images import BadImage
 from library.data.ondemand import OnDemand
 from library.data.sampler import Sampler
 from library.errors import UserError
+from library.training import devices
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Loader:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.accumulation = args.gradient_accumulation_steps
         self.workers, self.mode = args.dataloader_num_workers, args.image_interpolation_mode
-        self.pin = accelerator.device.type == "cuda"
+        self.pin = devices.pins_memory(accelerator.device.type)
 
     def batches(self, first_step: int, steps: int):
         """Yield the batches of this process from optimizer step `first_step` to before `steps`, in order."""

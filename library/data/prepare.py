@@ -11,7 +11,7 @@ from library.data.cache import KEY, Store, fill, make_key
 from library.data.dataset import Data
 from library.data.table import Table
 from library.errors import UserError
-from library.training import processes
+from library.training import processes, watch
 
 
 def load_pixels(data: Data, row: int, number: int, mode: str) -> np.ndarray:
@@ -73,13 +73,14 @@ def cache_latents(data: Data, rows: np.ndarray, store: Store, recipe: str, most:
     most: cuts kept of one image, a number for each data set. make_encoder() -> function from pixels [B, H, W, 3] uint8 to
     {field: [B, ...]}; only called when something is missing. Batches are cut from the whole list, cached or not, so that
     a killed and restarted run computes the same numbers in the same company.
-    Returns ({row: why it cannot be decoded}, number of cuts encoded). Raises `UserError` for NaN, naming the image.
+    Returns ({row: why it cannot be decoded}, number of cuts made for this process's store). Raises `UserError` for NaN,
+    naming the image.
     """
     table = data.table
     jobs, groups = _cuts(data, rows, most, batch_size)
     keys = np.array([latent_key(table, row, number, recipe) for row, number in jobs], KEY)
-    missing = _missing(store, keys)
-    if not missing.any():
+    missing, anywhere = _missing(store, keys)
+    if not anywhere:
         return {}, 0
     groups = [group for group in groups if missing[group].any()]
     encode = make_encoder() if groups else None
@@ -106,7 +107,7 @@ def cache_latents(data: Data, rows: np.ndarray, store: Store, recipe: str, most:
                 entries[keys[job]] = {name: values[place].clone() for name, values in fields.items()}
         return entries
 
-    with _bar(sum(map(len, groups)), "encode images", "image") as advance:
+    with _bar(sum(map(len, groups)), "encode images", "image", store) as advance:
         fill(store, groups, load, encode_group, advance)
     return dict(processes.gather(list(faults.items()))), int(missing.sum())
 
@@ -122,9 +123,9 @@ def cache_masks(data: Data, rows: np.ndarray, store: Store, most: list[int]) -> 
     """Shrink every mask of these rows to the size of its latents, once. Returns {row: why it cannot be decoded}."""
     jobs, groups = _cuts(data, rows, most, 16)
     keys = np.array([mask_key(data.table, row, number) for row, number in jobs], KEY)
-    missing = _missing(store, keys)
+    missing, anywhere = _missing(store, keys)
     groups = [group[missing[group]] for group in groups if missing[group].any()]
-    if not missing.any():
+    if not anywhere:
         return {}
     faults: dict[int, str] = {}
 
@@ -137,7 +138,7 @@ def cache_masks(data: Data, rows: np.ndarray, store: Store, most: list[int]) -> 
                 faults[jobs[job][0]] = f"its mask: {fault}"
         return found
 
-    with _bar(int(missing.sum()), "masks", "mask") as advance:
+    with _bar(int(missing.sum()), "masks", "mask", store) as advance:
         fill(store, groups, load, lambda group, found: found, advance)
     return dict(processes.gather(list(faults.items())))
 
@@ -149,8 +150,8 @@ def cache_prompts(prompts: list[str], store: Store, recipe: str, batch_size: int
     """
     prompts = sorted(set(prompts))
     keys = np.array([prompt_key(prompt, recipe) for prompt in prompts], KEY)
-    missing = _missing(store, keys)
-    if not missing.any():
+    missing, anywhere = _missing(store, keys)
+    if not anywhere:
         return 0
     groups = [group for group in _batches(np.zeros(len(prompts)), batch_size) if missing[group].any()]
     encode = make_encoder() if groups else None
@@ -160,7 +161,7 @@ def cache_prompts(prompts: list[str], store: Store, recipe: str, batch_size: int
         return {keys[job]: {name: values[place].clone() for name, values in fields.items()}
                 for place, job in enumerate(group) if missing[job]}
 
-    with _bar(sum(map(len, groups)), "encode captions", "caption") as advance:
+    with _bar(sum(map(len, groups)), "encode captions", "caption", store) as advance:
         fill(store, groups, lambda group: [prompts[job] for job in group], encode_group, advance)
     return int(missing.sum())
 
@@ -200,9 +201,11 @@ def _cuts(data: Data, rows: np.ndarray, most: list[int], batch_size: int) -> tup
     return jobs, _batches(group_of, batch_size)
 
 
-def _missing(store: Store, keys: np.ndarray) -> np.ndarray:
-    """[N] bool, the same on every process: another run may be writing to the same folder."""
-    return np.logical_or.reduce(processes.gather([~store.has(keys)]))
+def _missing(store: Store, keys: np.ndarray) -> tuple[np.ndarray, bool]:
+    """([N] bool, the same on all processes that share the folder, as another run may be writing to it; whether any process
+    lacks any: then all go on)."""
+    seen = processes.gather([~store.has(keys)])
+    return np.logical_or.reduce([seen[rank] for rank in store.team]), any(each.any() for each in seen)
 
 
 def _batches(group_of: np.ndarray, size: int) -> list[np.ndarray]:
@@ -213,13 +216,20 @@ def _batches(group_of: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 class _bar:
-    """A progress bar over the work of all processes, as far as the main one can see: its share, scaled up."""
+    """A progress bar over the work of all processes that share a store, as far as the main one can see: its share, scaled up."""
 
-    def __init__(self, total: int, label: str, unit: str):
+    def __init__(self, total: int, label: str, unit: str, store: Store):
         self._bar = tqdm(total=total, desc=label, unit=unit, disable=not processes.is_main())
+        self._label, self._done, self._total, self._sharers = label, 0, -(-total // len(store.team)), len(store.team)
 
     def __enter__(self):
-        return lambda count: self._bar.update(min(count * processes.world(), self._bar.total - self._bar.n))
+        watch.now(self._label)
+        return self._advance
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        watch.progress(f"{self._done} of about {self._total}")
+        self._bar.update(min(count * self._sharers, self._bar.total - self._bar.n))
 
     def __exit__(self, *_):
         self._bar.close()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from library.data import images
 from library.data.cache import sweep, write_whole
 from library.errors import UserError
-from library.training import processes
+from library.training import agreement, processes, watch
 
 # name, more: the two halves of a 128-bit hash of what the image is called. Numbers sort five times as fast as text
 RECORD = np.dtype([("name", "u8"), ("more", "u8"), ("size", "i8"), ("mtime", "i8"), ("ctime", "i8"),
@@ -33,28 +33,38 @@ def scan(source, index_dir: Path, decode: bool, only_known: bool = False) -> tup
 
     decode: also decode every image once, for runs that meet the pixels only while training.
     only_known: what the index knows of a row by its name is taken as it was, and its file not even looked for.
-    With several processes, each looks at its share, and all return the same. Interrupted, it keeps what it has seen.
+    With several processes, those that see the same files each look at a share, and return the same. Where every machine has
+    a copy of its own, each looks at its own; what is bad in one of them is bad. Interrupted, it keeps what it has seen.
     """
+    watch.now(f"scanning {source.place}")
+    agreement.check_names(source.names, source.place)
     found = np.zeros(len(source.names), RECORD)
     found["width"] = found["height"] = 1    # of a bad image, so that nothing divides by zero
     sweep(index_dir)
-    path = index_dir / f"{hashlib.blake2b(os.path.abspath(source.place).encode(), digest_size=16).hexdigest()}.npy"
-    index, order = _load(path), _order(source)
+    order = _order(source)
+    if not (only_known and order):
+        _stamp(source, found, np.arange(len(found)))
+    same, where = processes.alike(hashlib.blake2b(b"".join(found[field].tobytes() for field in _STATUS)).digest())
+    team = processes.team(index_dir)
+    sharers = [rank for rank in team if rank in same]
+    # copies of several machines, which have one name and an index in one folder
+    place = os.path.abspath(source.place) + ("" if sharers == team else f" of {where}")
+    path = index_dir / f"{hashlib.blake2b(place.encode(), digest_size=16).hexdigest()}.npy"
+    index = _load(path)
     as_before = bool(order) and index["content"][0] == order    # then no name need be looked up
     if as_before:
         found["name"], found["more"] = (index[field][1:len(found) + 1] for field in ("name", "more"))
     elif order:
         found["name"], found["more"] = _hashes(source.identities())
-    if not (only_known and order):
-        _stamp(source, found, np.arange(len(found)))
     known = index[1:len(found) + 1] if as_before else _look_up(index[1:], found)
     done = _recall(found, known, () if only_known else _STATUS) & (found["sound"] | (not decode))
-    done = np.logical_and.reduce(processes.gather([done]))    # one view for all: another run may be writing the index
+    views = processes.gather([done])
+    done = np.logical_and.reduce([views[rank] for rank in same])    # one view: another run may be writing the index
     todo = np.flatnonzero(~done)
     if only_known:
         _stamp(source, found, todo)
 
-    mine, faults = np.array_split(todo, processes.world())[processes.rank()].tolist(), []
+    mine, faults = np.array_split(todo, len(same))[same.index(processes.rank())].tolist(), []
     bar = tqdm(total=len(mine), desc="scan", unit="image", disable=not processes.is_main() or not mine)
     try:
         with closing(_map(source, lambda row: _look(source, row, decode), mine)) as looks:
@@ -63,11 +73,12 @@ def scan(source, index_dir: Path, decode: bool, only_known: bool = False) -> tup
                 found["sound"][row], done[row] = decode, not fault
                 faults += [(row, fault)] if fault else []
                 bar.update()
-        for rows, records, good in processes.gather([(mine, found[mine], done[mine])]):
+        seen = processes.gather([(mine, found[mine], done[mine])])
+        for rows, records, good in (seen[rank] for rank in same):
             found[rows], done[rows] = records, good
     finally:
         bar.close()
-        if processes.is_main() and (done[todo].any() or (order and not as_before)):
+        if processes.rank() == sharers[0] and (done[todo].any() or (order and not as_before)):
             _save(path, found, done, index[1:], order)
     return found, dict(processes.gather(faults))
 

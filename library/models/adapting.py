@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from types import ModuleType
 
-from library.models import adapter_files, adapter_merge, adapters, quantize
+from library.models import adapter_files, adapter_merge, adapters, attention, quantize
 from library.models.adapter_settings import Settings
 from library.models.parts import DTYPES, Base
-from library.training import processes
+from library.training import processes, sharding
 from library.training.accelerator import public
 
 # kohya's names in the header, which A1111, Forge and model sites show, and the flags that say the same
@@ -42,7 +42,7 @@ def frozen(model: ModuleType, part: str, args, base: Base, precision: str, accel
     """
     network = model.load_part(base, part, DTYPES[accelerator.mixed_precision])
     quantize.apply(network, precision, accelerator.device, (*quantize.SKIP, *getattr(args, "quantize_exclude", [])))
-    model.set_attention(network, args.enable_xformers_memory_efficient_attention, args.enable_npu_flash_attention)
+    attention.set_attention(network, args.attention_mechanism, args.sageattention_usage)
     return network.to(accelerator.device)
 
 
@@ -64,21 +64,27 @@ def put_on(networks: dict, settings: Settings, start: adapter_files.Adapter | No
 
 
 def save(output: Path, name: str, args, networks: dict, settings, average, formats: tuple[str, ...]) -> list[Path]:
-    """Write OUTPUT/pytorch_lora_weights.safetensors, OUTPUT/NAME.safetensors in kohya's keys, or both; the main process does.
+    """Write OUTPUT/pytorch_lora_weights.safetensors, OUTPUT/NAME.safetensors in kohya's keys, or both.
 
-    On the way, diffusers' file is OUTPUT/NAME/pytorch_lora_weights.safetensors. With an `average` (EMA) of the first network,
-    that is written. formats: "diffusers", "kohya" or both. Returns what was written.
+    Every process calls, the main one writes. On the way, diffusers' file is OUTPUT/NAME/pytorch_lora_weights.safetensors. With
+    an `average` (EMA) of the first network, that is written. formats: "diffusers", "kohya" or both. Returns what was written.
     """
-    if not processes.is_main():
-        return []
+    with contextlib.ExitStack() as meanwhile:
+        if average:
+            meanwhile.enter_context(average.applied(next(iter(networks.values()))))
+        for network in networks.values():
+            meanwhile.enter_context(sharding.whole_weights(network, {*adapters.state_dict(network), *adapters.trained(network)}))
+        return _write(output, name, args, networks, settings, formats) if processes.is_main() else []
+
+
+def _write(output: Path, name: str, args, networks: dict, settings, formats: tuple[str, ...]) -> list[Path]:
     folder, written = output if name == args.output_name else output / name, []
     dtype = DTYPES[args.save_precision] if args.save_precision else None
     metadata = {} if args.no_metadata else header(args)
-    with average.applied(next(iter(networks.values()))) if average else contextlib.nullcontext():
-        if "diffusers" in formats:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "pytorch_lora_weights.safetensors"
-            written.append(adapter_files.save(path, networks, settings, "diffusers", metadata, dtype))
-        if "kohya" in formats:
-            written.append(adapter_files.save(output / f"{name}.safetensors", networks, settings, "kohya", metadata, dtype))
+    if "diffusers" in formats:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "pytorch_lora_weights.safetensors"
+        written.append(adapter_files.save(path, networks, settings, "diffusers", metadata, dtype))
+    if "kohya" in formats:
+        written.append(adapter_files.save(output / f"{name}.safetensors", networks, settings, "kohya", metadata, dtype))
     return written

@@ -15,6 +15,7 @@ from library.data.sampler import Sampler
 from library.data.scan import name_faults
 from library.diffusion.latents import latent_scale
 from library.models.encoders import Encoders
+from library.training import agreement, processes
 from library.training.accelerator import say
 from library.training.plan import total_steps
 
@@ -28,6 +29,7 @@ def cache_images(args, encoders: Encoders, data: Data, seed: int, batches_a_step
     """
     shift, scale = latent_scale(encoders.model.vae_config(encoders.base))
     recipe = encoders.latent_recipe(folder / "weights.json", args.image_interpolation_mode)
+    agreement.check("their VAE", {"the digest of its files and settings": recipe}, "Copy the same model to all machines")
     stores = _open_stores(data, folder / "latents")
     while True:
         table = data.table
@@ -113,6 +115,8 @@ def cache_captions(args, encoders: Encoders, data: Data, order: Sampler, steps: 
         store = _open(data.described.prompt_dir or folder / "prompts")
         tokenize = partial(encoders.tokenize, parts=encoders.trained) if encoders.trained else None
         recipe = encoders.prompt_recipe(folder / "weights.json")
+        agreement.check("their text encoders", {"the digest of their files and settings": recipe},
+                        "Copy the same model to all machines")
     if mode == "disk":
         batch_size = data.described.prompt_batch_size or args.text_encoder_batch_size
         prepare.cache_prompts(prompts, store, recipe, batch_size, lambda: encoders.encode_kept)
@@ -127,6 +131,6 @@ def cache_captions(args, encoders: Encoders, data: Data, order: Sampler, steps: 
 
 def _open(folder: Path) -> Store:
     store = Store(folder)
-    for shard in store.damaged:
+    for shard in processes.gather(store.damaged if store.leads else []):
         say(f"the cache's {shard}; it is thrown away and made again")
     return store

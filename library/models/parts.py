@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from library.errors import UserError
 from library.models.locate import fault_of_network, fault_of_tokenizer, find_model
+from library.training import agreement
 
 DTYPES = {"fp32": torch.float32, "float": torch.float32, "no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -72,7 +73,23 @@ def check_files(base: Base, parts: tuple[str, ...]) -> Base:
     faults = [fault_of_network(folder, base.variant_of(folder)) for folder in folders]
     if faults := [fault for fault in faults + [fault_of_tokenizer(folder) for folder in base.tokenizers] if fault]:
         raise UserError(f"the base model cannot be loaded: {'; '.join(faults)}. Copy it again, or name another")
+    agreement.check_model(_files_of(base, parts))
     return base
+
+
+def _files_of(base: Base, parts: tuple[str, ...]) -> dict[str, Path]:
+    """What is read of a base model, by names that are the same on every machine."""
+    found = {}
+    for part in parts:
+        folder = base.place(part)
+        weights = [path for kind in ("safetensors", "bin") for path in sorted(folder.glob(f"*.{kind}"))]
+        variant = base.variant_of(folder)
+        weights = [path for path in weights if (variant in path.name.split(".") if variant else path.name.count(".") == 1)]
+        if folder.is_file():
+            found["the file of the base model"] = folder
+        found |= {f"{part}/{path.name}": path for path in [folder / "config.json", *weights[:64]] if path.is_file()}
+    return found | {f"tokenizer {number + 1}/{path.name}": path for number, folder in enumerate(base.tokenizers)
+                    for path in sorted(folder.glob("*")) if path.suffix in (".json", ".txt", ".model") and path.is_file()}
 
 
 def load_network(kind: type, part: str, folder: Path, dtype: torch.dtype | None, variant: str | None):

@@ -1,4 +1,4 @@
-"""A diffusers folder written part by part: an older one in its place is whole until the new part is. And its networks."""
+"""A diffusers folder written part by part: an older one in its place is whole until the new part is."""
 
 import json
 import os
@@ -6,18 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from library.data.cache import os_error, share, sync
-
-
-def with_weights(network, state: dict[str, torch.Tensor], dtype: torch.dtype | None = None):
-    """A network of the same kind on the CPU that holds `state`; without a copy where it is there already."""
-    with torch.device("meta"):
-        twin = type(network)(network.config) if hasattr(network.config, "to_dict") else type(network).from_config(network.config)
-    state = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None) for name, tensor in state.items()}
-    twin.load_state_dict(state, assign=True)
-    return twin
 
 
 def write_folder(target: Path, writers: dict[str, Callable[[Path], object]], index: dict) -> None:

@@ -226,13 +226,6 @@ def check_same_transformer(base: Base, checkpoint: Path) -> None:
                             f"{theirs.get(key)} instead of {ours.get(key)}")
 
 
-def set_attention(transformer, xformers: bool, npu: bool) -> None:
-    if npu:
-        raise UserError("--enable_npu_flash_attention is for SDXL: diffusers has no such attention for two streams. Leave it out")
-    if xformers:
-        transformer.enable_xformers_memory_efficient_attention()
-
-
 def class_of(part: str) -> type:
     """diffusers' or transformers' class of a network."""
     with lean():

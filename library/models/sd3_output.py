@@ -10,7 +10,7 @@ from library.errors import UserError
 from library.flags_sd3 import SIZE_STEP
 from library.models import saving, sd3, sd3_file
 from library.models.parts import DTYPES, TOKENIZERS, Base
-from library.training import processes
+from library.training import processes, sharding
 from library.training.accelerator import say
 
 _LIBRARY = {"transformer": ("diffusers", "SD3Transformer2DModel"), "vae": ("diffusers", "AutoencoderKL"),
@@ -21,22 +21,23 @@ _LIBRARY = {"transformer": ("diffusers", "SD3Transformer2DModel"), "vae": ("diff
 
 
 def save_model(target: Path, args, base: Base, trained: dict, average) -> list[Path]:
-    """Write the model, ready for use, in the kind and precision that the flags say; the main process does.
+    """Write the model, ready for use, in the kind and precision that the flags say; every process calls, the main one does.
 
     target: a folder, or the name of a file without its ending. trained: {part: network}. With an `average` (EMA), that is the
     transformer, and the one without averaging is kept beside it as `transformer_raw` or NAME-raw. Of a run without T5, it has
     none. Returns what was written.
     """
+    states = {part: (network, sharding.state_dict(network)) for part, network in trained.items()}
+    averages = sharding.gather(average.averages) if average else {}
     if not processes.is_main():
         return []
     dtype = DTYPES[args.save_precision] if args.save_precision else None
-    states = {part: (network, network.state_dict()) for part, network in trained.items()}
     if average:
         network, raw = states["transformer"]
-        states |= {"transformer": (network, raw | average.averages), "transformer_raw": (network, raw)}
+        states |= {"transformer": (network, raw | averages), "transformer_raw": (network, raw)}
     if args.save_model_as != "diffusers":
         return _save_files(target, args, base, {part: state for part, (_, state) in states.items()}, dtype)
-    writers = {part: saving.with_weights(network, state, dtype).save_pretrained for part, (network, state) in states.items()}
+    writers = {part: sharding.with_weights(network, state, dtype).save_pretrained for part, (network, state) in states.items()}
     index = _index(base)
     for part in _LIBRARY:
         if index[part][0] and part not in writers:

@@ -166,13 +166,6 @@ def check_same_unet(base: Base, checkpoint: Path) -> None:
                             f"{theirs.get(key)} instead of {ours.get(key)}")
 
 
-def set_attention(unet, xformers: bool, npu: bool) -> None:
-    if xformers:
-        unet.enable_xformers_memory_efficient_attention()
-    if npu:
-        unet.enable_npu_flash_attention()
-
-
 def class_of(part: str):
     with lean():
         if part == "unet":

@@ -8,7 +8,7 @@ from pathlib import Path
 from library.errors import UserError
 from library.models import saving, sdxl
 from library.models.sdxl import DTYPES, PARTS, Base
-from library.training import processes
+from library.training import processes, sharding
 
 _LIBRARY = {"unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
             "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
@@ -17,19 +17,20 @@ _LIBRARY = {"unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", 
 
 
 def save_model(target: Path, args, base: Base, trained: dict, average, schedule) -> list[Path]:
-    """Write the model, ready for use, in the kind and precision that the flags say; the main process does.
+    """Write the model, ready for use, in the kind and precision that the flags say; every process calls, the main one does.
 
     target: a folder, or the name of a file without its ending. trained: {part: network}. With an `average` (EMA), that
     is the UNet, and the one without averaging is kept beside it as `unet_raw` or NAME-raw. Returns what was written.
     """
+    states = {part: (network, sharding.state_dict(network)) for part, network in trained.items()}
+    averages = sharding.gather(average.averages) if average else {}
     if not processes.is_main():
         return []
     dtype, kind = DTYPES[args.save_precision] if args.save_precision else None, args.save_model_as
-    states = {part: (network, network.state_dict()) for part, network in trained.items()}
     if average:
         unet, raw = states["unet"]
-        states |= {"unet": (unet, raw | average.averages), "unet_raw": (unet, raw)}
-    networks = {part: saving.with_weights(network, state, dtype) for part, (network, state) in states.items()}
+        states |= {"unet": (unet, raw | averages), "unet_raw": (unet, raw)}
+    networks = {part: sharding.with_weights(network, state, dtype) for part, (network, state) in states.items()}
     if kind == "diffusers":
         writers = {part: network.save_pretrained for part, network in networks.items()}
         writers |= {part: functools.partial(_write_frozen, base, part, dtype, schedule) for part in PARTS if part not in networks}

@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 
 from library.errors import UserError
-from library.training import checkpoints, devices, processes
+from library.training import agreement, checkpoints, devices, processes, sharding, watch
 
 
 def calm() -> None:
@@ -38,22 +38,31 @@ def start(args) -> Accelerator:
     calm()
     if args.local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    device = "cpu" if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") else devices.best()
+    device = devices.best()
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     devices.check_precision(precision, device)
-    accelerator = Accelerator(
-        cpu=device == "cpu", mixed_precision=precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
-        # one process may decode for hours while another is done: no collective may give up on it
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))])
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    devices.check_attention(args.attention_mechanism, precision, device)
+    with watch.arriving(args.rank_timeout):
+        accelerator = Accelerator(
+            cpu=device == "cpu", mixed_precision=precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
+            # one process may decode for hours while another is done: no collective may give up on it, as `watch` does that
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))])
+    wanted = processes.launched()
     if accelerator.num_processes != wanted:
         raise UserError(f"{wanted} processes were launched, but accelerate made {accelerator.num_processes} of them one run: "
                         "each would train alone. Launch with `accelerate launch --multi_gpu`, without a GPU, too")
+    if accelerator.device.type != device:
+        raise UserError(f"this machine has the device {device}, but accelerate chose {accelerator.device.type}: look at "
+                        "`accelerate env` and at the config file of accelerate")
+    devices.prepare(device, precision)
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         say("accelerate launch has started one process: it starts several only for --multi_gpu, on CPUs and one GPU, too")
+    watch.start(args.rank_timeout)
+    agreement.check_start(args, device)
+    sharding.check(accelerator, args)
     if args.allow_tf32:
         devices.allow_tf32(device)
-    devices.check_attention(args.enable_xformers_memory_efficient_attention, args.enable_npu_flash_attention, device)
+    devices.try_attention(args.attention_mechanism, precision, accelerator.device)
     return accelerator
 
 
@@ -107,6 +116,7 @@ def open_output(output_dir: Path, base: Path) -> None:
         raise UserError(f"--output_dir: cannot make {output_dir}: {error.strerror}") from None
     if not os.access(output_dir, os.W_OK):
         raise UserError(f"--output_dir: {output_dir} cannot be written to. Choose another folder, or change its rights")
+    agreement.check_output(output_dir)
     if processes.is_main():
         checkpoints.clean(output_dir)
     processes.meet()

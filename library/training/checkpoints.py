@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from library.data.cache import os_error, sync
 from library.errors import UserError
-from library.training import optimizer_state, processes
+from library.training import optimizer_state, processes, sharding
 
 NAME = re.compile(r"checkpoint-(\d+)")
 ADAPTER = "adapter.safetensors"
@@ -29,14 +29,16 @@ _ENTRIES = {"step", "ema_updates", "unlogged", "flags", "files"}    # of every m
 # Flags that may differ between a run and its continuation without changing what is computed.
 _HARMLESS = {"output_dir", "output_name", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
              "save_every_n_epochs", "save_every_n_steps", "save_model_as", "save_precision", "push_to_hub", "hub_model_id",
-             "hub_token", "report_to", "logging_dir", "logging_steps", "tracker_project_name", "local_rank", "config_file",
+             "hub_token", "optimizer_sharding",
+             "report_to", "logging_dir", "logging_steps", "tracker_project_name", "local_rank", "config_file",
              "dataloader_num_workers", "num_train_epochs", "max_train_steps", "embedding_cache_dir", "cache_dir",
              "cache_text_encoder_outputs", "vae_batch_size", "text_encoder_batch_size", "seed",
              "resume", "validation_prompt", "validation_steps", "validation_epochs", "num_validation_images",
              "validation_resolution", "validation_guidance", "validation_seed", "validation_negative_prompt",
              "validation_num_inference_steps", "gradient_accumulation_steps", "train_batch_size", "vae_cache_ondemand",
              "cache_only", "eval_steps_interval", "num_eval_images", "eval_timesteps", "validation_guidance_skip_layers",
-             "validation_guidance_skip_layers_start", "validation_guidance_skip_layers_stop", "validation_guidance_skip_scale"}
+             "validation_guidance_skip_layers_start", "validation_guidance_skip_layers_stop", "validation_guidance_skip_scale",
+             "layer_statistics", "global_batch_size", "rank_timeout"}
 # Flags without whose old value the optimizer's state has no meaning.
 _DECISIVE = ("optimizer", "use_8bit_adam", "train_text_encoder", "use_ema", "lr_scheduler", "lora_type", "rank", "use_dora",
              "lora_targets", "conv_rank", "rank_pattern", "lokr_factor", "network_module", "network_args")
@@ -74,11 +76,12 @@ class State:
 
         facts: plain values for the manifest. Raises OSError when the disk is full; nothing older is then touched.
         """
+        gathered = self._gather()
         if processes.is_main():
             target, partial = output_dir / f"checkpoint-{self.step}", output_dir / f".checkpoint-{self.step}.tmp"
             shutil.rmtree(partial, ignore_errors=True)
             try:
-                self._write(partial, facts, flags)
+                self._write(partial, gathered, facts, flags)
             except (OSError, SafetensorError, RuntimeError) as error:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise _as_os_error(error, target) from error
@@ -86,15 +89,21 @@ class State:
             _rotate(output_dir, limit)
         processes.meet()
 
-    def _write(self, folder: Path, facts: dict, flags: dict) -> None:
+    def _gather(self) -> dict:
+        """What processes share out, whole: on the main process; every process takes part."""
+        return {"networks": {name: sharding.whole_network(network) for name, network in self.networks.items()},
+                "adapter": sharding.gather(self.adapter), "optimizer": optimizer_state.gather_state(self.optimizer),
+                "average": sharding.gather(self.average.averages) if self.average else {}}
+
+    def _write(self, folder: Path, gathered: dict, facts: dict, flags: dict) -> None:
         folder.mkdir(parents=True)
-        for name, network in self.networks.items():
+        for name, network in gathered["networks"].items():
             network.save_pretrained(folder / name)
         if self.adapter:
-            save_file({name: p.detach().cpu().contiguous() for name, p in self.adapter.items()}, folder / ADAPTER)
+            save_file({name: p.detach().cpu().contiguous() for name, p in gathered["adapter"].items()}, folder / ADAPTER)
         if self.average:
-            save_file({name: value.contiguous() for name, value in self.average.averages.items()}, folder / "ema.safetensors")
-        torch.save({"optimizer": self.optimizer.state_dict(), "lr_schedule": self.lr_schedule.state_dict(),
+            save_file({name: value.contiguous() for name, value in gathered["average"].items()}, folder / "ema.safetensors")
+        torch.save({"optimizer": gathered["optimizer"], "lr_schedule": self.lr_schedule.state_dict(),
                     "scaler": self.scaler.state_dict() if self.scaler else None}, folder / "training_state.pt")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         for path in files:
@@ -116,7 +125,9 @@ class State:
             if self.scaler and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             if self.average:
-                self.average.load(load_file(checkpoint.path / "ema.safetensors"), checkpoint.manifest["ema_updates"])
+                kept = load_file(checkpoint.path / "ema.safetensors")
+                self.average.load({name: sharding.like(kept[name], own) for name, own in self.average.averages.items()},
+                                  checkpoint.manifest["ema_updates"])
         except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
             raise UserError(f"--resume_from_checkpoint: the state in {checkpoint.path} does not fit: {error}") from error
         self.step, self.unlogged = checkpoint.step, checkpoint.manifest["unlogged"]
@@ -129,7 +140,7 @@ class State:
             raise ValueError(f"its adapter has other parts: {', '.join(sorted(kept.keys() ^ self.adapter.keys())[:3])}")
         with torch.no_grad():
             for name, parameter in self.adapter.items():
-                parameter.copy_(kept[name])
+                parameter.copy_(sharding.like(kept[name], parameter))
 
     def _load_optimizer(self, optimizer: dict, lr_schedule: dict) -> None:
         """Moments and position of the schedule are the checkpoint's; rates, betas and decay those of this run's flags."""
@@ -187,7 +198,8 @@ def compare_flags(checkpoint: Checkpoint, flags: dict, facts: dict) -> list[str]
     old = checkpoint.manifest["flags"]
     new = json.loads(json.dumps(flags))
     for name in _DECISIVE:
-        if old.get(name) != new.get(name):
+        was, now = ("adamw" if each.get(name) == "oss" else each.get(name) for each in (old, new))    # one state for both
+        if was != now:
             raise UserError(f"--resume_from_checkpoint: {checkpoint.path} was made with --{name} {old.get(name)}, not "
                             f"{new.get(name)}: give the old value, or train anew from its weights")
     changed = [name for name in new if name not in _HARMLESS and name in old and old[name] != new[name]]

@@ -9,44 +9,62 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from library.training import devices, processes
+from library.training import devices, processes, watch
 
 
 class Meter:
-    """Counts a run. `metrics.jsonl` in `folder` gets a line every `every` optimizer steps, and the bar shows it."""
+    """Counts a run. `metrics.jsonl` in `folder` gets a line every `every` optimizer steps, and the bar shows it.
 
-    def __init__(self, folder: Path, trackers, state, steps: int, every: int, device: str):
+    layers: a layer_statistics.Recorder, which is told of every micro step and step, or None.
+    """
+
+    def __init__(self, folder: Path, trackers, state, steps: int, every: int, device: str, layers=None):
         self.path, self.trackers, self.every, self.device = folder / "metrics.jsonl", trackers, every, device
         # of a line of the log that was begun before a restart
         self._losses, self._norms = ([torch.tensor(value, device=device) for value in state.unlogged.get(name, [])]
                                      for name in ("losses", "norms"))
         self._images, self._waited, self._seconds_before = 0, 0.0, _forget_after(self.path, state.step)
+        self._step = state.step
         self.counts: dict[str, int] = {}    # of what others count since the run began; each line of the log has them
         self._bar = tqdm(initial=state.step, total=steps, desc="train", unit="step", disable=not processes.is_main())
         self._begin = self._since = time.perf_counter()
+        self._layers = layers
+        if layers:
+            layers.start(folder, state, device)
 
     def waiting(self, batches):
         """Pass batches through, adding up the time until each is there."""
         batches = iter(batches)
         while True:
+            watch.now(f"the data of step {self._step + 1}")
             asked = time.perf_counter()
             batch = next(batches, None)
             self._waited += time.perf_counter() - asked
             if batch is None:
                 return
+            if self._layers:
+                self._layers.begin(batch)
+            watch.now(f"step {self._step + 1}")
             yield batch
 
     def add(self, loss: torch.Tensor, images: int) -> None:
         """The loss of a micro step, which stays on the device, and how many images this process showed in it."""
         self._losses.append(loss.detach())
         self._images += images
+        if self._layers:
+            self._layers.add(loss)
 
     def add_norm(self, norm: torch.Tensor) -> None:
         self._norms.append(norm.detach() if isinstance(norm, torch.Tensor) else torch.tensor(norm))
+        if self._layers:
+            self._layers.add_norm(norm)
 
     def step(self, step: int, epoch: float, lr: float) -> dict[str, float] | None:
         """After optimizer step number `step` (from 1). Every `every` steps: what was logged."""
         self._bar.update()
+        self._step = step
+        if self._layers:
+            self._layers.end_step(step)
         if step % self.every and step != self._bar.total:
             return None
         return self._log(step, epoch, lr)
@@ -82,6 +100,7 @@ class Meter:
     def paused(self):
         """Validation and saving do not count as training: the meter stands still in this context."""
         begin = time.perf_counter()
+        watch.now(f"saving, drawing or evaluating after step {self._step}")
         yield
         self._since += time.perf_counter() - begin
 

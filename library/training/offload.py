@@ -5,6 +5,7 @@ import contextlib
 import torch
 
 from library.errors import UserError
+from library.training import devices
 
 SMALL = 1 << 16    # bytes: a smaller tensor stays where it is, for it costs more time to send than it frees memory
 
@@ -22,11 +23,11 @@ def activations(offload: bool, network: torch.nn.Module, device: str):
 
     Weights stay on the device: autograd saves them, too, and sending them would cost more than the activations.
     With gradient checkpointing only the inputs of blocks are activations: a saving on top of that. Does nothing where
-    offload is False or the device is a CPU. pinned memory, which is sent faster, is used on CUDA and ROCm.
+    offload is False or the device is a CPU. Pinned memory is used where it is sent faster.
     """
     if not offload or device == "cpu":
         return contextlib.nullcontext()
-    return to_main_memory(network, pin=device == "cuda")
+    return to_main_memory(network, pin=devices.pins_memory(device))
 
 
 def to_main_memory(network: torch.nn.Module, pin: bool):

@@ -10,16 +10,18 @@ from typing import NamedTuple
 
 import torch
 
+import third_patch
 from library import flags
 from library.errors import UserError
-from library.training import devices
+from library.training import devices, processes
 from library.training.accelerator import say
 from library.training.lr_schedules import make_lr_schedule  # noqa: F401
-from library.training.optimizer_state import evaluated, load_state  # noqa: F401
+from library.training.optimizer_state import evaluated, load_state, share_out  # noqa: F401
 
 PIP = {"bitsandbytes": "bitsandbytes", "dadaptation": "dadaptation", "optimi": "torch-optimi", "torchao": "torchao",
        "pytorch_optimizer": "pytorch-optimizer"}
 EVERY = ("cuda", "npu", "xpu", "mps", "cpu")
+WHOLE = ("prodigy", "dadapt", "adamw-schedulefree", "radam-schedulefree", "sgd-schedulefree")    # not parameter by parameter
 KERNELS = ("cuda", "xpu", "cpu")    # those of bitsandbytes, torch.compile and torch.linalg
 PAGED, KAHAN, FREE = "; paged to main memory on CUDA", {"kahan_sum": True}, "needs no schedule: averages its weights as it goes; "
 
@@ -38,6 +40,7 @@ class Entry(NamedTuple):
 TABLE = {
     "adamw": Entry("torch.optim.AdamW", 8, "the default; fused where the device has it"),
     "adamw_fused": Entry("torch.optim.AdamW", 8, "adamw, insisting on the fused kernel", ("cuda", "xpu", "mps", "cpu")),
+    "oss": Entry("torch.optim.AdamW", 8, "adamw, its state shared out over processes by fairscale, as Ascend's port has it"),
     "adamw_8bit": Entry("bitsandbytes.optim.AdamW8bit", 2.03, "AdamW in a quarter of the memory", KERNELS),
     "adamw_bf16": Entry("optimi.AdamW", 8, "weights in bfloat16, with Kahan's compensation",
                         own=KAHAN | {"betas": (0.9, 0.999), "eps": 1e-8}, bf16=6),
@@ -121,6 +124,8 @@ def check_optimizer(args, device: str) -> None:
     """
     name, entry = name_of(args), TABLE[name_of(args)]
     package, typed = entry.path.split(".")[0], "--optimizer " + name + " (--use_8bit_adam)" * args.use_8bit_adam
+    if kind := sharding_of(args):
+        _check_sharding(kind, name)
     if package in PIP and not importlib.util.find_spec(package):
         raise UserError(f"{typed} needs {package}: pip install {PIP[package]}")
     if device not in entry.devices:
@@ -138,9 +143,27 @@ def check_optimizer(args, device: str) -> None:
         if 0 < rates["unet"] < 0.1:
             say(f"{typed} finds its own step size and multiplies it by --learning_rate, which is {rates['unet']:g}: 1 is usual")
     if args.optimizer_args or _flags_given(args):
-        _make(args, [{"params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": 1e-3, "use_muon": True}])    # which muon wants
+        _make(args, [{"params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": 1e-3, "use_muon": True}], None)    # muon wants it
         for flag in _keywords(args)[1]:
             say(f"--{flag} has no effect with {typed}")
+
+
+def sharding_of(args) -> str | None:
+    """How --optimizer oss or --optimizer_sharding share the optimizer's state out: "oss", "zero1", or None."""
+    return "oss" if args.optimizer == "oss" else "zero1" if args.optimizer_sharding == "zero1" else None
+
+
+def _check_sharding(kind: str, name: str) -> None:
+    """Refuse what has no parts that step by themselves; say where there is nothing to share."""
+    typed = "--optimizer oss" if kind == "oss" else "--optimizer_sharding zero1"
+    if name.startswith(WHOLE):
+        raise UserError(f"{typed}: {name} looks at all parameters together, so that each process would find its own "
+                        f"{'weights' if name.endswith('free') else 'step size'}; use an optimizer like adamw, or leave it out")
+    if name.startswith("ao-"):
+        raise UserError(f"{typed}: {name} is changed at each step in a way that cannot be shared out; use adamw_8bit")
+    if processes.world() == 1:
+        return say(f"{typed}: one process has nobody to share the optimizer's state with, and keeps it all")
+    third_patch.apply(oss=kind == "oss")
 
 
 def learning_rates(args, global_batch: int) -> dict[str, float]:
@@ -185,7 +208,7 @@ def from_groups(args, groups: list[dict], device: str, embeddings: set[int] = fr
             chosen := [p for p in group["params"] if (p.ndim == 2 and id(p) not in embeddings) == wanted])]
     if entry.path == "torch.optim.AdamW":
         groups = [group | {"fused": name == "adamw_fused" or devices.fused_adamw(device)} for group in groups]
-    return _make(args, groups)
+    return _make(args, groups, sharding_of(args) if processes.world() > 1 else None)
 
 
 def _class(entry: Entry) -> type:
@@ -237,11 +260,12 @@ def _keywords(args) -> tuple[dict, list[str]]:
     return keywords, ignored
 
 
-def _make(args, groups: list[dict]) -> torch.optim.Optimizer:
+def _make(args, groups: list[dict], kind: str | None) -> torch.optim.Optimizer:
+    """kind: how it is shared out over processes, as of `sharding_of`."""
     name, entry = name_of(args), TABLE[name_of(args)]
-    keywords, _ = _keywords(args)
+    keywords, own = {"lr": groups[0]["lr"]} | _keywords(args)[0], [dict(group) for group in groups]
     try:
-        optimizer = _class(entry)([dict(group) for group in groups], lr=groups[0]["lr"], **keywords)
+        optimizer = share_out(kind, _class(entry), own, keywords) if kind else _class(entry)(own, **keywords)
     except Exception as error:    # each library has its own
         raise UserError(f"--optimizer {name} {' '.join(args.optimizer_args)}: {error}") from error
     if entry.path.startswith("torchao"):    # its rates must be tensors, but in step() alone: elsewhere they are numbers

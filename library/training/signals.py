@@ -1,7 +1,12 @@
-"""Being asked to stop: SIGTERM and SIGINT finish the step, save, and leave with status 0."""
+"""Being asked to stop: SIGTERM and SIGINT finish the step, save, and leave with status 0.
 
+Where a step cannot be finished, since another process is dead, `watch` ends this one.
+"""
+
+import multiprocessing.util
 import os
 import signal
+import time
 
 import torch
 import torch.distributed as dist
@@ -28,6 +33,13 @@ class StopRequest:
             raise KeyboardInterrupt
         self._asked = True
 
+    def _wait_for_own(self, seconds: float = 10) -> None:
+        """Launchers of several machines stop their processes one after another, to start them anew; one that sees its own end
+        with status 0 before that takes the run for finished."""
+        end = time.monotonic() + seconds
+        while not self._asked and time.monotonic() < end:
+            time.sleep(0.05)
+
     def after_step(self) -> bool:
         """Ask once an optimizer step, on every process."""
         asked = self._asked or (self._launcher is not None and os.getppid() != self._launcher)
@@ -38,6 +50,8 @@ class StopRequest:
             flag, work = self._pending
             work.wait()
             answer = bool(flag.item())
+            if answer and not asked and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+                multiprocessing.util.Finalize(None, self._wait_for_own, exitpriority=200)
         flag = torch.tensor([int(asked)])
         self._pending = (flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
         return answer

@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from library.diffusion.latents import latent_scale
+from library.training import sharding
 
 
 def draw(pipeline, prompts: list, negative, sizes: list[tuple[int, int]], *, count: int, steps: int,
@@ -84,15 +85,18 @@ def grid(images: list, columns: int) -> Image.Image:
 def run(args, seed: int, pipeline, shown: tuple, network, average, step: int, output_dir: Path, trackers, accelerator,
         **options) -> None:
     """Draw, save and report the validation images of a step, with averaged weights if there are any. options: as of `draw`."""
-    if not accelerator.is_main_process:
+    main = accelerator.is_main_process
+    if not main and not sharding.is_spread(network):
         return
     network.eval()
-    with average.applied(network) if average else contextlib.nullcontext():
+    with average.applied(network) if average else contextlib.nullcontext(), sharding.callable_alone(network):
         drawn = draw(pipeline, *shown, args.validation_resolution or [args.resolution], count=args.num_validation_images,
                      steps=args.validation_num_inference_steps, guidance=args.validation_guidance,
                      seed=seed if args.validation_seed is None else args.validation_seed,
-                     autocast=accelerator.autocast, device=accelerator.device, **options)
+                     autocast=accelerator.autocast, device=accelerator.device, **options) if main else {}
     network.train()
+    if not main:
+        return
     save(drawn, output_dir / "validation" / f"step-{step:06d}")
     trackers.images(step, {name: image for name, (_, image) in drawn.items() if image})
     for fault in faults(drawn):

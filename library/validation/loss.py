@@ -8,7 +8,7 @@ import torch
 
 from library.data.cache import write_whole
 from library.data.loader import Loader
-from library.training import processes
+from library.training import processes, sharding
 from library.training.accelerator import say
 
 NAME = "evaluation.jsonl"
@@ -25,7 +25,8 @@ def run(loss_of, held_out: Loader, images: int, timesteps: int, networks: list, 
     for network in networks:
         network.eval()
     found = []
-    with torch.no_grad(), average.applied(networks[0]) if average else contextlib.nullcontext(), accelerator.autocast():
+    averaged = average.applied(networks[0]) if average else contextlib.nullcontext()
+    with torch.no_grad(), averaged, sharding.callable_alone(networks[0]), accelerator.autocast():
         for name, batch in held_out.one_by_one(images):
             batch = complete(batch)
             for number in range(timesteps):

@@ -17,6 +17,8 @@ from library import flags, parser
 TESTS = Path(__file__).resolve().parents[1]
 MODEL, DATA, TRAINING, OUTPUT = (f"recipe/test_flags_{name}.py::test_" for name in ("model", "data", "training", "output"))
 RATES, HUB, DEVICES = "unit/test_optimizers.py::test_", "recipe/test_hub.py::test_", "unit/test_devices.py::test_"
+MACHINES = "recipe/test_machines.py::test_"
+ATTENTION = "unit/test_attention.py::test_"
 SETS, CAPTIONS, BACKEND = (f"recipe/test_{name}.py::test_" for name in ("data_sets", "flags_captions", "flags_backend"))
 REFUSED = DEVICES + "flags_for_other_hardware_are_refused_on_a_cpu"    # without such hardware here, that is the test
 
@@ -31,8 +33,8 @@ SHOWN_BY = {
     "max_token_length": MODEL + "max_token_length",
     "vae_dtype": MODEL + "vae_dtype",
     "gradient_checkpointing": MODEL + "gradient_checkpointing",
-    "enable_xformers_memory_efficient_attention": REFUSED,
-    "enable_npu_flash_attention": REFUSED,
+    "attention_mechanism": ATTENTION + "a_run_with_another_attention",
+    "sageattention_usage": ATTENTION + "a_run_with_another_attention",
     "train_data_dir": DATA + "train_data_dir",
     "dataset_name": DATA + "dataset_name_its_config_and_cache",
     "dataset_config_name": DATA + "dataset_name_its_config_and_cache",
@@ -64,6 +66,8 @@ SHOWN_BY = {
     "text_encoder_batch_size": MODEL + "batch_sizes_of_the_encoders",
     "train_batch_size": TRAINING + "train_batch_size",
     "gradient_accumulation_steps": TRAINING + "gradient_accumulation_steps",
+    "global_batch_size": MACHINES + "data_and_caches_of_each_machine",
+    "rank_timeout": MACHINES + "a_cable_is_cut",
     "num_train_epochs": TRAINING + "length_of_the_run",
     "max_train_steps": TRAINING + "length_of_the_run",
     "learning_rate": TRAINING + "learning_rate_and_scale_lr",

@@ -125,7 +125,7 @@ def test_processes_agree_on_what_is_missing(tmp_path, monkeypatch):
     prepare.cache_prompts(prompts, store, "recipe", 2, lambda: encode)
     assert sum(encoded, []) == prompts
     encoded.clear()
-    monkeypatch.setattr(processes, "world", lambda: 2)
+    store.team = [0, 1]
     monkeypatch.setattr(processes, "gather", lambda values: values + [~seen for seen in values])
     prepare.cache_prompts(prompts, store, "recipe", 2, lambda: encode)
     assert encoded == [prompts[0:2], prompts[4:6]]

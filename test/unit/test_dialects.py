@@ -65,8 +65,8 @@ ALIASES = [
     ("validation_resolution", "1024x1024,1280x768", "validation_resolution", [(1024, 1024), (1280, 768)]),
     ("validation_resolution", "1024,768", "validation_resolution", [(1024, 768)]),
     ("model_flavour", "base-0.9", "pretrained_model_name_or_path", "model")]    # what is named by path goes before it
-SWITCHES = {"flip_aug": "random_flip", "cache_latents_to_disk": "cache_latents", "xformers":
-            "enable_xformers_memory_efficient_attention", "cache_text_encoder_outputs_to_disk": "cache_text_encoder_outputs",
+SWITCHES = {"flip_aug": "random_flip", "cache_latents_to_disk": "cache_latents",
+            "cache_text_encoder_outputs_to_disk": "cache_text_encoder_outputs",
             "use_gradient_checkpointing": "gradient_checkpointing", "rescale_betas_zero_snr": "zero_terminal_snr"}
 OF_ADAPTERS = [
     ("network_dim", "8", "rank", 8), ("lora_rank", "8", "rank", 8), ("network_alpha", "0.5", "lora_alpha", 0.5),
@@ -82,6 +82,8 @@ OF_SD3 = [
     ("validation_guidance_skip_layers", "[7, 8,9]", "validation_guidance_skip_layers", [7, 8, 9]),
     ("validation_guidance_skip_layers", "7,8", "validation_guidance_skip_layers", [7, 8]),
     ("validation_guidance_skip_layers", "7", "validation_guidance_skip_layers", [7])]
+ATTENTION = {"enable_xformers_memory_efficient_attention": "xformers", "xformers": "xformers", "sdpa": "sdpa",
+             "enable_npu_flash_attention": "npu"}
 IMPLIED = [("v_parameterization", "prediction_type", "v_prediction"), ("no_half_vae", "vae_dtype", "fp32"),
            ("use_safetensors", "save_model_as", "safetensors")]
 
@@ -134,6 +136,33 @@ def test_foreign_switches(alias):
     assert getattr(parse(f"--{alias}=False"), SWITCHES[alias]) is False
 
 
+@pytest.mark.parametrize("alias", ATTENTION)
+def test_switches_that_choose_an_attention(alias, tmp_path, capsys):
+    chosen = ATTENTION[alias]
+    for argv, value in (([], chosen), (["true"], chosen), (["false"], "default")):
+        assert parse(f"--{alias}", *argv).attention_mechanism == value
+    assert parse(f"--{alias}=False").attention_mechanism == "default"
+    for on in (True, False):
+        (tmp_path / "c.json").write_text(json.dumps({alias: on}))
+        config = f"--config_file={tmp_path / 'c.json'}"
+        assert parse(config).attention_mechanism == (chosen if on else "default")
+        assert parse(config, f"--{alias}=false").attention_mechanism == "default"
+        assert parse(config, "--attention_mechanism=flash").attention_mechanism == "flash"
+    assert "'maybe' is neither true nor false" in refused(capsys, f"--{alias}=maybe")
+    other = "sdpa" if chosen != "sdpa" else "xformers"
+    assert f"--{alias} and --{other} exclude each other" in refused(capsys, f"--{alias}", f"--{other}")
+    assert parse(f"--{alias}", f"--{other}=false").attention_mechanism == chosen
+
+
+def test_attention_by_simpletuners_names(capsys, tmp_path):
+    for name, value in {"diffusers": "default", "flash-attn": "flash", "xformers": "xformers"}.items():
+        assert parse(f"--attention_mechanism={name}").attention_mechanism == value
+    assert parse("--attention_mechanism=sageattention", "--sageattention_usage=both").sageattention_usage == "training+inference"
+    assert "sageattention" in refused(capsys, "--attention_mechanism=sla")
+    (tmp_path / "config.env").write_text("USE_XFORMERS=true\n")
+    assert parse(f"--config_file={tmp_path / 'config.env'}").attention_mechanism == "xformers"
+
+
 @pytest.mark.parametrize("alias, name, value", IMPLIED)
 def test_switches_that_imply_a_value(alias, name, value, tmp_path):
     assert getattr(parse(f"--{alias}"), name) == value
@@ -143,7 +172,7 @@ def test_switches_that_imply_a_value(alias, name, value, tmp_path):
 
 
 def test_every_foreign_name_is_tried_here():
-    tried = {alias for alias, *_ in ALIASES + IMPLIED} | set(SWITCHES) | {"model_family", "model_type", "attention_mechanism"}
+    tried = {alias for alias, *_ in ALIASES + IMPLIED} | set(SWITCHES) | {"model_family", "model_type"} | set(ATTENTION)
     tried |= {alias for alias, *_ in OF_ADAPTERS} | {"network_train_unet_only", "network_train_text_encoder_only"}
     tried |= {"text_encoder_lr", "user_prompt_library"} | {alias for alias, *_ in OF_SD3}
     assert {name.lstrip("-") for name in dialects.names()} <= tried
@@ -304,7 +333,6 @@ def test_a_config_file_names_its_script(tmp_path, content, script):
     (["--model_family=sd3"], ["--model_family sd3", "train_sd3.py"]), (["--model_family", "flux"], ["'flux'", "sdxl and sd3"]),
     (["--model_type=LoRA"], ["'LoRA'", "full and lora"]), (["--model_flavour=large"], ["'large'"]),
     (["--model_flavour=refiner-1.0"], ["'refiner-1.0'", "base-1.0 and base-0.9"]),
-    (["--attention_mechanism=sageattention"], ["'sageattention'", "xformers and diffusers"]),
     (["--model_type"], ["--model_type takes one value, not 0"]), (["--model_type", "full", "lora"], ["one value, not 2"])])
 def test_models_that_are_another_scripts(argv, words):
     with pytest.raises(dialects.DialectError) as error:
@@ -321,11 +349,10 @@ def test_scripts_that_are_not_there_are_not_promised(monkeypatch):
         dialects.translate(["--model_family=sd3"], script="train_sdxl.py")
 
 
-def test_flavours_and_attention():
+def test_flavours():
     for argv, expected in ((["--model_family=sdxl"], []),
                            (["--model_flavour", "base-1.0"], [f"--pretrained_model_name_or_path={BASE}"]),
-                           (["--attention_mechanism=diffusers"], []), (["--model_type=full", "--model_family=sdxl"], []),
-                           (["--attention_mechanism", "xformers"], ["--enable_xformers_memory_efficient_attention"]),
+                           (["--model_type=full", "--model_family=sdxl"], []),
                            (["--model_type=lora", "--model_type=full"], [])):    # the later one counts
         assert dialects.translate(argv, script="train_sdxl.py") == expected
     assert dialects.translate(["--model_family=sd3", "--model_flavour=medium"], script="train_sd3.py") == [

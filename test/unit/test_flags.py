@@ -53,6 +53,20 @@ def refused(capsys, *argv, name: str = "train_sdxl.py") -> str:
     return said
 
 
+@pytest.mark.parametrize("processes, batch, steps", [(1, 4, 6), (2, 4, 3), (3, 8, 1), (4, 2, 3)])
+def test_global_batch_size(monkeypatch, processes, batch, steps):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    args = parse("--train_batch_size", str(batch), "--global_batch_size", "24")
+    assert args.gradient_accumulation_steps == steps
+
+
+def test_global_batch_sizes_that_cannot_be(monkeypatch, capsys):
+    given = (*NEEDED, "--train_batch_size=4", "--global_batch_size=24")
+    assert "exclude each other" in refused(capsys, *given, "--gradient_accumulation_steps=2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "--global_batch_size 24 is no multiple of --train_batch_size 4 x 4 processes" in refused(capsys, *given)
+
+
 # every flag
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -88,8 +102,9 @@ DIFFUSERS = dict(
     timestep_bias_portion=0.25, snr_gamma=None, noise_offset=0, prediction_type=None, use_ema=False, use_8bit_adam=False,
     max_grad_norm=1.0, allow_tf32=False, adam_beta1=None,    # AdamW has theirs: test_optimizer_of_a_run
     adam_beta2=None, adam_weight_decay=None, adam_epsilon=None,
-    mixed_precision=None, dataloader_num_workers=0, local_rank=-1, enable_npu_flash_attention=False,
-    enable_xformers_memory_efficient_attention=False, report_to="tensorboard", logging_dir="logs", push_to_hub=False,
+    mixed_precision=None, dataloader_num_workers=0, local_rank=-1,
+    attention_mechanism="default",    # neither xformers nor Ascend's
+    report_to="tensorboard", logging_dir="logs", push_to_hub=False,
     hub_model_id=None, hub_token=None,
     resolution=(1024, 1024),    # theirs is one side: 1024
     validation_prompt=[])    # theirs is one, or None
@@ -125,7 +140,7 @@ def test_the_command_line_of_ascends_scripts(apart):
         gradient_accumulation_steps=1, learning_rate=1e-6, train_text_encoder=True, learning_rate_te1=1e-7,
         learning_rate_te2=1e-7, lr_warmup_steps=0, max_grad_norm=1.0, lr_scheduler="cosine_with_restarts", lr_num_cycles=1,
         train_batch_size=4, mixed_precision="fp16", seed=1, caption_extension=".txt", shuffle_caption=True, keep_tokens=1,
-        optimizer="adamw", max_token_length=77, enable_npu_flash_attention=True)
+        optimizer="adamw", max_token_length=77, attention_mechanism="npu")
     assert {name: args[name] for name in expected} == expected
 
 

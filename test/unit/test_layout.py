@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted(REPOSITORY.glob("*.py"))
+SCRIPTS = sorted([*REPOSITORY.glob("*.py"), *REPOSITORY.glob("tools/*.py")])
 LIBRARY = sorted(REPOSITORY.glob("library/**/*.py"))
 # modules of the standard library alone
 STANDARD = {"flags", "flags_data", "flags_adapter", "flags_sd3", "dialects", "config_files", "parser", "errors"}

@@ -426,8 +426,6 @@ def test_files_that_are_no_sd3(parse, tmp_path, content, message):
 
 
 def test_what_cannot_be_had():
-    with pytest.raises(UserError, match="--enable_npu_flash_attention is for SDXL"):
-        sd3.set_attention(None, False, True)
     args = SimpleNamespace(text_encoder_3_precision="int8-quanto")
     assert sd3.text_precisions(args, "cpu") == ["no_change", "no_change", "int8-quanto"]
     with pytest.raises(UserError, match="--text_encoder_3_precision int8-quanto does not run on npu"):

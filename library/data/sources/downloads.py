@@ -20,7 +20,7 @@ from library.data.sources.rows import NO_CAPTION, Text, flatten, settle
 from library.data.sources.tables import named_captions
 from library.data.specs import Origin
 from library.errors import UserError
-from library.training import processes
+from library.training import processes, watch
 
 LARGEST = 200 * 2**20    # bytes of an image
 TRIES = 3
@@ -73,13 +73,15 @@ class Addresses:
 
     def _fetch_all(self, addresses: list[str]) -> list[tuple[str, str]]:
         """Fetch what is not here yet, each process its share; (address, reason) of what could not be had."""
+        sharers = processes.team(Path(self._downloads))
+        watch.now("downloading")
         todo = [each for each in addresses if is_remote(each) and not os.path.exists(self._path(each))]
         processes.meet()    # all look before any writes: the shares are of one list
-        faults = processes.gather(self._fetch(todo[processes.rank()::processes.world()]))
+        faults = processes.gather(self._fetch(processes.share(todo, sharers)))
         failed = {name for name, _ in faults}
         # what another process fetched to where this one cannot see it
         rest = [each for each in todo if each not in failed and not os.path.exists(self._path(each))]
-        return faults + self._fetch(rest)
+        return faults + processes.gather(self._fetch(rest))
 
     def _fetch(self, addresses: list[str]) -> list[tuple[str, str]]:
         faults = []

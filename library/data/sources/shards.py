@@ -23,7 +23,7 @@ from library.data.sources.rows import Text, flatten, settle
 from library.data.sources.tars import Content, read_tar
 from library.data.specs import Origin
 from library.errors import UserError
-from library.training import processes
+from library.training import processes, watch
 
 _VERSION = 1    # of the index
 _OPEN = 64      # tars that are kept open
@@ -113,15 +113,22 @@ def _find(origin: Origin) -> tuple[list[str], np.ndarray, list[tuple[str, str]],
 
 
 def _indexes(paths: list[str], status: np.ndarray, origin: Origin, index_dir: Path):
-    """The index of every tar, in turn: remembered, or made now. Each process makes those of its share first."""
+    """The index of every tar, in turn: remembered, or made now. Each process makes those of its share first.
+
+    Tars that lie on each machine apart are indexed on each, even where their indices lie in one folder.
+    """
+    watch.now("indexing tars")
+    same, where = processes.alike(hashlib.blake2b(json.dumps([paths, status.tolist()]).encode()).digest())
+    team = processes.team(index_dir)
+    sharers = [rank for rank in team if rank in same]
     settings = [_VERSION, origin.captions, origin.caption_column, origin.fallback_column, origin.extensions, origin.lines,
-                origin.phrases]
+                origin.phrases, *([] if sharers == team else [where])]
     files = [index_dir / f"tar-{hashlib.blake2b(json.dumps([path, *settings]).encode(), digest_size=16).hexdigest()}.npz"
              for path in paths]
     todo = [row for row, file in enumerate(files) if _unpack(file, status[row], whole=False) is None]
     processes.meet()    # all look before any writes: the shares are of one list
     unwritten: dict[int, bytes] = {}
-    mine = todo[processes.rank()::processes.world()]
+    mine = processes.share(todo, sharers)
     for row in tqdm(mine, desc="index", unit="tar", disable=not processes.is_main() or not mine):
         data = _pack(_read_tar(paths[row], origin), status[row])
         try:
