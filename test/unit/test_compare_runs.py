@@ -176,6 +176,8 @@ def test_the_place_where_a_fault_begins_is_named_first(stage, n, factor, positio
     place = {"loaded": a.loaded[n % 2], "given": "net.sample", "loss": "loss", "weight_gradient": LAYERS[0]}.get(stage, LAYERS[n])
     assert (found[0].stage, found[0].place) == (stage, place)
     assert found[0].difference > found[0].tolerance and found[0].step == 2
+    if stage in ("weight", "forward"):    # those behind it hear what it says, and the whole contains it
+        assert [each.place for each in found if each.stage == "forward"] == [place]
     assert not np.isnan(apart["output"]).any() and not any("." in each.place for each in found if each.stage == "samples")
 
 
