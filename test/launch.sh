@@ -105,7 +105,7 @@ if [ -d "$dataset_name" ]; then flags+=(--train_data_dir "$dataset_name"); else 
 [ -z "$vae_name" ] || flags+=(--pretrained_vae_model_name_or_path "$vae_name")
 [ -z "$max_train_steps" ] || flags+=(--max_train_steps "$max_train_steps")
 [ "$max_restarts" -eq 0 ] || flags+=(--resume_from_checkpoint latest)
-[ "$device" != npu ] || flags+=(--enable_npu_flash_attention)
+[ "$device" != npu ] || [ "$mixed_precision" = no ] || flags+=(--enable_npu_flash_attention)
 
 # the run
 log=$output_path/train_$node_rank.log

@@ -102,8 +102,9 @@ class _Watch:
             os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         else:
             self._signals = None
-        for work in (self._talk, self._judge):
-            threading.Thread(target=work, daemon=True, name=f"watch {work.__name__}").start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._judge)]
+        for thread in self._threads:
+            thread.start()
 
     def _key(self, rank: int) -> str:
         return f"watch/{self.everyone[0]['token']}/{rank}"
@@ -260,6 +261,9 @@ class _Watch:
             time.sleep(BEAT / 20)
             self._wake.set()
         self.stopped = True
+        self._wake.set()
+        for thread in self._threads:    # one that is in the store's C++ when Python ends would abort the process
+            thread.join(2 * BEAT)
 
 
 def _print(sentence: str, kind: str = "error") -> None:

@@ -120,7 +120,7 @@ def test_a_cpu_has_nothing_to_send(wanted, sent):
     assert not sent
 
 
-@pytest.mark.parametrize(("device", "pins"), [("cuda", True), ("npu", False), ("xpu", False)])
+@pytest.mark.parametrize(("device", "pins"), [("cuda", True), ("npu", True), ("xpu", True)])
 def test_on_other_devices(device, pins, monkeypatch):
     asked = []
     monkeypatch.setattr(offload, "to_main_memory", lambda network, pin: asked.append(pin))
