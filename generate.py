@@ -116,20 +116,19 @@ FAMILIES = {"sdxl": "StableDiffusionXL", "sd3": "StableDiffusion3"}    # what di
 SIDE = {"sdxl": 8, "sd3": 16}    # sides of images are multiples of it
 
 
-def family_of(args) -> tuple[str, dict]:
-    """The family of --model, and its model_index.json, {} of one file. Raises `UserError`."""
+def family_of(args) -> str:
+    """The family of --model. Raises `UserError`."""
     path = find_model(args.model, "--model", ())    # of a hub id, model_index.json alone is fetched
     if path.is_file():
-        return "sd3" if sd3_file.holds_sd3(path) else "sdxl", {}
+        return "sd3" if sd3_file.holds_sd3(path) else "sdxl"
     try:
-        index = json.loads((path / "model_index.json").read_text())
-        kind = str(index["_class_name"])
+        kind = str(json.loads((path / "model_index.json").read_text())["_class_name"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise errors.UserError(f"--model: {args.model} has no model_index.json that says what it is: {error}") from error
     family = next((family for family, name in FAMILIES.items() if kind.startswith(name)), None)
     if not family:
         raise errors.UserError(f"--model: {args.model} is a {kind}; SDXL, SD 3 and SD 3.5 are drawn here")
-    return family, index
+    return family
 
 
 def check_family(args, family: str) -> None:
@@ -143,14 +142,14 @@ def check_family(args, family: str) -> None:
         raise errors.UserError(f"--scheduler {args.scheduler} draws SD3 from noise alone: with --image, use euler or heun")
 
 
-def load_pipeline(args, family: str, index: dict, size: tuple[int, int] | None, device: str):
+def load_pipeline(args, family: str, size: tuple[int, int] | None, device: str):
     """The model as a text-to-image or image-to-image pipeline on the device. size: of the images, where it is known.
 
     The VAE stays float32, but where SD3's pipeline hands it a picture in --precision.
     """
     kind, dtype = getattr(diffusers, f"{FAMILIES[family]}{'Img2Img' if args.image else ''}Pipeline"), parts.DTYPES[args.precision]
     try:
-        pipeline = load_sd3(args, index, size, kind, dtype) if family == "sd3" else load_sdxl(args, kind, dtype)
+        pipeline = load_sd3(args, size, kind, dtype) if family == "sd3" else load_sdxl(args, kind, dtype)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise errors.UserError(f"--model: cannot load {args.model}: {error}") from error
     if family == "sdxl" or not args.image:
@@ -172,22 +171,16 @@ def load_sdxl(args, kind: type, dtype: torch.dtype):
     return kind.from_pretrained(path, **options)
 
 
-def load_sd3(args, index: dict, size: tuple[int, int] | None, kind: type, dtype: torch.dtype):
+def load_sd3(args, size: tuple[int, int] | None, kind: type, dtype: torch.dtype):
     """What one file does not hold, tokenizers and often text encoders, comes from --config."""
-    wanted = [part for part in sd3.PARTS if not (args.no_t5 and part.endswith("_3")) and (index.get(part) or [True])[0]]
-    path = find_model(args.model, "--model", tuple(wanted) + ("transformer_raw",) * args.raw)
-    held = sd3_file.parts_in(path) if path.is_file() else tuple(wanted)
-    apart = tuple(part for part in wanted if part not in held)
-    configs = path if path.is_dir() else find_model(args.config or sd3_file.usual_configs(path), "--config", apart,
-                                                    loose=tuple(f"{part}/config.json" for part in held))
-    base = parts.Base(path, configs, None, tuple(configs / part for part in parts.TOKENIZERS if part in wanted), None, apart)
+    base, held = sd3.find_whole(args.model, "--model", args.config, args.no_t5, ("transformer_raw",) * args.raw)
     sd3_output.check_base(base, sum(args.skip_layers, []), "--skip_layers")
     if size:
         sd3_output.check_sizes(base, [size], "--size")
     tokenizers = dict(zip(parts.TOKENIZERS, sd3.load_tokenizers(base), strict=False))
-    networks = {part: sd3.load_part(base, part, dtype) for part in sd3.PARTS[:5] if part in wanted}
+    networks = {part: sd3.load_part(base, part, dtype) for part in held}
     if args.raw:
-        place = path / "transformer_raw"
+        place = base.path / "transformer_raw"
         networks["transformer"] = parts.load_network(sd3.class_of("transformer"), "transformer_raw", place, dtype, None)
     return kind(**dict.fromkeys(sd3.PARTS) | networks | tokenizers | {"scheduler": sd3_output.sampler(base)})
 
@@ -239,11 +232,11 @@ def save(image: Image.Image, path: Path, parameters: dict) -> None:
 
 @torch.no_grad()
 def main(args):
-    prompts, (family, index) = read_prompts(args), family_of(args)
+    prompts, family = read_prompts(args), family_of(args)
     check_family(args, family)
     start, device, output = read_start(args, SIDE[family]), devices.best(), Path(args.output_dir)
     loras = [adapter_find.find(text) for text in args.lora]
-    pipeline = load_pipeline(args, family, index, start.size if start else args.size, device)
+    pipeline = load_pipeline(args, family, start.size if start else args.size, device)
     if loras:
         add_adapters(pipeline, loras)
     output.mkdir(parents=True, exist_ok=True)
