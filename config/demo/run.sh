@@ -6,7 +6,7 @@ case ${DEMO:-sdxl} in
     sdxl) out=${DEMO_DIR:-out/demo} script=train_sdxl.py make=make_model.py config=demo.json images=
           draw="--size 64 --scheduler ddim --steps 20 --guidance 5" more="--prompt \"three over eight\" ${draw/64/64,128}" ;;
     sd3) out=${DEMO_DIR:-out/demo_sd3} script=train_sd3.py make=make_model_sd3.py config=demo_sd3.json images=--singles
-         draw="--size 64 --tokenizer_max_length 77 --steps 20 --guidance 5" more="--prompt seven $draw" ;;
+         draw="--size 64 --tokenizer_max_length 77 --steps 20 --guidance 3.5" more="--prompt seven $draw" ;;
     *) echo "DEMO=$DEMO: there is sdxl and sd3" >&2; exit 2 ;;
 esac
 
