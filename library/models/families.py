@@ -23,8 +23,10 @@ def of_model(name: str, flag: str) -> str:
         kind = str(json.loads((path / "model_index.json").read_text())["_class_name"])
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{flag}: model_index.json in {path} does not say what {name} is: {error}") from error
-    except OSError:
-        return SD3 if (path / "transformer").is_dir() else SDXL    # the parts that are asked for will be missed, if so
+    except OSError as error:
+        if family := next((family for family in MODULES if (path / MODULES[family].PARTS[0]).is_dir()), None):
+            return family
+        raise UserError(f"{flag}: {name} has no model_index.json that says what it is: {error}") from error
     for family, pipeline in PIPELINES.items():
         if kind.startswith(pipeline):
             return family
