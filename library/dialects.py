@@ -145,8 +145,8 @@ def translate(argv: list[str], script: str | None = None, adapters: int = 0) -> 
         flag = RENAMED.get(name, name)
         if name in _OF_KOHYAS_NETWORKS and adapters:
             continue
-        if name == "sdpa":    # kohya's: PyTorch's own attention, which is what runs
-            continue
+        if name == "sdpa" and {value.lower() for value in values} <= {"true", "false"}:
+            continue    # kohya's switch for PyTorch's own attention, which is what runs
         if name in ABSENT:
             raise DialectError(f"--{name} is not here: {ABSENT[name]}. Leave it out")
         if name in _OF_SIMPLETUNER:

@@ -534,5 +534,9 @@ def test_layers_that_keep_their_precision():
     assert args.quantize_exclude == ["pos_embed*", "*.norm1.*"]
 
 
-def test_kohyas_sdpa_is_what_runs():
-    assert dialects.translate(["--sdpa", "--seed=1"], "train_sdxl.py") == ["--seed=1"]
+def test_kohyas_sdpa_is_what_runs(capsys):
+    for switch in (["--sdpa"], ["--sdpa=true"], ["--sdpa=false"]):    # as typed, and as a config file has it
+        assert dialects.translate([*switch, "--seed=1"], "train_sdxl.py") == ["--seed=1"]
+    with pytest.raises(SystemExit):    # what stands behind it is not lost in silence
+        parse_lora_sd3(*NEEDED, "--sdpa", "model.safetensors")
+    assert "--sdpa" in capsys.readouterr().err
