@@ -8,7 +8,8 @@
     python convert_lora.py extract --base base_model --tuned my_model --rank 64 --output my_lora.safetensors
     python convert_lora.py resize my_lora.safetensors --energy 0.95 --rank 32 --output smaller.safetensors
 
-Files of diffusers, kohya and LyCORIS are read. No input is ever changed. docs/convert_lora.md says what each does.
+Files of diffusers, kohya and LyCORIS are read, of SDXL, SD 3 and 3.5. No input is ever changed. docs/convert_lora.md says what
+each does.
 """
 
 from library import errors, flags
@@ -27,8 +28,9 @@ def parse_args(argv=None):
     add("command", choices=WITH, metavar="COMMAND",
         help="show what a file holds; convert it to another format; merge files into a model or into one file; extract a LoRA "
              "from two models; resize files to a lower rank")
-    add("files", nargs="*", metavar="FILE", help="an adapter, or the folder of train_lora_sdxl.py; to merge, also FILE=WEIGHT")
-    add("--config", metavar="MODEL", help="where no model is a folder: folder or hub id of SDXL's configs and tokenizers")
+    add("files", nargs="*", metavar="FILE",
+        help="an adapter, or the folder of a script that trains them; to merge, also FILE=WEIGHT")
+    add("--config", metavar="MODEL", help="where no model is a folder: folder or hub id of its configs and tokenizers")
     flags.switch(group, "json", "show as JSON")
     group = parser.add_argument_group("output")
     add = group.add_argument
@@ -50,7 +52,7 @@ def parse_args(argv=None):
     add("--conv_rank", type=flags.COUNT, metavar="N", help="extract from 3x3 convolutions, too, with this rank")
     add("--lora_targets", nargs="+", metavar="NAME",
         help="extract from these: attention, attention-ff, kohya, convolutions, all-linear, or names (default: attention)")
-    flags.switch(group, "text_encoders", "extract from both text encoders, too")
+    flags.switch(group, "text_encoders", "extract from both CLIP text encoders, too")
     args = parser.parse_args(argv)
     check(parser, args)
     return args
@@ -90,38 +92,38 @@ import torch
 
 from library.training import accelerator as running
 running.calm()    # before PEFT, which imports every quantiser that is installed
-from library.models import adapter_files, adapter_find, adapter_svd, sdxl, single_file, stored
+from library.models import adapter_files, adapter_find, adapter_svd, families, sd3, sdxl, single_file, stored
+from library.models.adapter_files import SD3, SDXL, Adapter
 from library.models.adapter_settings import SDXL_UNET, Settings
 from library.models.locate import find_model
 from library.training import devices
 
-TEXT = ("text_encoder", "text_encoder_2")
 
-
-def find_configs(args, *models: Path) -> Path:
-    """The folder with the configs and tokenizers of the models: the first that is a folder, or --config."""
-    if folder := next((path for path in models if path.is_dir()), None):
-        return folder
-    return find_model(args.config or single_file.SDXL_BASE, "--config", sdxl.PARTS[4:], loose=("*/config.json",))
-
-
-def read_config(args, *models: Path) -> dict:
-    """The UNet's config: of the models, of --config, or else SDXL's."""
+def read_config(args, family: str = "", *models: Path) -> dict | None:
+    """Config of the UNet or transformer of these models or of --config; None: each adapter tells of its own."""
     if not models and not args.config:
-        return SDXL_UNET
-    path = find_configs(args, *models) / "unet" / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise errors.UserError(f"cannot read the UNet's config {path}: {error}") from error
+        return None
+    family = family or families.of_model(args.config, "--config")
+    return families.config_of(family, families.find_configs(family, args.config, *models))
 
 
-def check_output(args, inputs: list[Path]) -> Path:
+def read(files: list[tuple[Path, float]], config: dict | None) -> list[tuple[Adapter, float]]:
+    """Adapters of one family, each with its weight. Raises `UserError`."""
+    weighted = [(adapter_files.read(file, config), weight) for file, weight in files]
+    of = {adapter.family: file for (adapter, _), (file, _) in zip(weighted, files, strict=True)}
+    if len(of) > 1:
+        raise errors.UserError(f"{of[SDXL]} is an adapter of SDXL, and {of[SD3]} one of SD 3: they cannot be merged")
+    return weighted
+
+
+def check_output(args, inputs: list[Path], family: str = "") -> Path:
     """Where to write. Raises `UserError` if it is an input, or there is something already."""
     output, model = Path(args.output), bool(args.into)
     folder = output.is_dir() or (model and not output.suffix.lstrip(".0123456789"))    # sdxl_v1.5 is one, too
     if not folder and output.suffix not in (".safetensors", ".ckpt")[:1 + model]:
         raise errors.UserError(f"--output {output}: the file ends in .safetensors" + (" or .ckpt, a folder in neither" * model))
+    if family == SD3 and output.suffix == ".ckpt":
+        raise errors.UserError(f"--output {output}: SD 3 is written as .safetensors, or as a folder")
     if any(output.exists() and each.exists() and output.samefile(each) for each in inputs):
         raise errors.UserError(f"--output {output} is one of the inputs, which are never changed: name another file")
     if output.is_dir() and (not model or any(output.iterdir())):
@@ -132,15 +134,15 @@ def check_output(args, inputs: list[Path]) -> Path:
     return output
 
 
-def write(args, output: Path, adapter: adapter_files.Adapter, config: dict) -> None:
+def write(args, output: Path, adapter: Adapter, config: dict | None) -> None:
     fmt = args.lora_format or adapter.format
-    if not args.lora_format and fmt == "diffusers" and adapter.kind not in ("lora", "dora"):
-        fmt = "kohya"    # the other kind came with another input
+    if not args.lora_format and fmt == "diffusers" and (adapter.kind not in ("lora", "dora") or adapter.part("text_encoder_3")):
+        fmt = "kohya"    # the other kind, or T5, came with another input
     dtype = sdxl.DTYPES[args.precision] if args.precision else None if args.command == "convert" else torch.float32
     for key, own in adapter.modules.items():
         if any(tensor.isfinite().all() and not tensor.to(dtype).isfinite().all() for tensor in own.values() if dtype):
             raise errors.UserError(f"{key} holds values too large for {args.precision}: use bf16 or fp32")
-    adapter_files.write(output, adapter, fmt, config, dtype)
+    adapter_files.write(output, adapter, fmt, config or SDXL_UNET, dtype)
     print(f"wrote {output}: {adapter.kind}, {fmt}, {len(adapter.modules)} modules, {output.stat().st_size / 1e6:.1f} MB")
 
 
@@ -155,15 +157,16 @@ def say_kept(kept: dict[str, adapter_svd.Kept], what: str, rank: int | None) -> 
 
 
 def show(args) -> None:
-    shown = []
+    shown, config = [], read_config(args)
     for text in args.files:
         path, _ = adapter_find.find(text)
-        adapter = adapter_files.read(path, read_config(args))
+        adapter = adapter_files.read(path, config)
         shown.append({"file": str(path), "bytes": path.stat().st_size, **adapter_svd.describe(adapter)})
     if args.json:
         return print(json.dumps(shown, indent=2, ensure_ascii=False))
     for each in shown:
-        print(f"{each['file']}: {each['kind']}, {each['format']}, {'/'.join(each['dtype'])}, {each['bytes'] / 1e6:.2f} MB")
+        print(f"{each['file']}: {each['kind']}, {each['format']}, {each['family']}, {'/'.join(each['dtype'])}, "
+              f"{each['bytes'] / 1e6:.2f} MB")
         for part, own in each["networks"].items():
             ranks, alphas = (", ".join(f"{value:g} ({many})" if len(own[what]) > 1 else f"{value:g}" for value, many in
                                        sorted(own[what].items())) or "none" for what in ("ranks", "alphas"))
@@ -175,38 +178,41 @@ def show(args) -> None:
 
 def merge_into(args) -> None:
     """Adapters into a model, which keeps its precision; what it draws is what generate.py draws with them."""
-    from library.models import adapter_merge, sdxl_output    # PEFT before diffusers, which looks for it once
-    path, files = find_model(args.into, "--into", sdxl.PARTS), [adapter_find.find(text) for text in args.files]
-    output, configs = check_output(args, [path, *(file for file, _ in files)]), find_configs(args, path)
-    base = sdxl.Base(path, configs, None, (configs / "tokenizer", configs / "tokenizer_2"), None)
-    schedule = sdxl.load_schedule(base, None, path.is_file() and single_file.contents_of(path)[2])
-    weighted = [(adapter_files.read(file, read_config(args, configs)), weight) for file, weight in files]
-    changed = {key.partition(".")[0] for adapter, _ in weighted for key in adapter.modules}
+    from library.models import adapter_merge, sd3_output, sdxl_output    # PEFT before diffusers, which looks for it once
+    family, files = families.of_model(args.into, "--into"), [adapter_find.find(text) for text in args.files]
+    model = families.MODULES[family]
+    path = find_model(args.into, "--into", model.PARTS if family == SDXL else ())
+    output = check_output(args, [path, *(file for file, _ in files)], family)
     in_one = output.suffix in (".safetensors", ".ckpt")
-    networks = {}
-    for part in [part for part in sdxl.PARTS[:4] if part in changed or in_one or path.is_file()]:
-        dtype = stored.dtype_of(path, part)
-        dtype = torch.promote_types(dtype, sdxl.DTYPES[args.precision]) if args.precision else dtype
-        networks[part] = sdxl.load_part(base, part, dtype)
+    if family == SD3:
+        base, parts = sd3.find_whole(args.into, "--into", args.config, held_alone=in_one)
+        config, configs = families.config_of(family, base.configs), base.configs
+    else:
+        configs = families.find_configs(family, args.config, path, wanted=sdxl.PARTS[4:])
+        base, parts = sdxl.Base(path, configs, None, (configs / "tokenizer", configs / "tokenizer_2"), None), sdxl.PARTS[:4]
+        schedule = sdxl.load_schedule(base, None, path.is_file() and single_file.contents_of(path)[2])
+        config = families.config_of(family, configs)
+    weighted = read(files, config)
+    changed = {key.partition(".")[0] for adapter, _ in weighted for key in adapter.modules}
+    networks, dtypes = {}, {}
+    for part in [part for part in parts if part in changed or in_one or path.is_file()]:
+        dtype = stored.dtype_of(configs if part in base.apart else base.path, part)
+        dtypes[part] = torch.promote_types(dtype, sdxl.DTYPES[args.precision]) if args.precision else dtype
+        networks[part] = model.load_part(base, part, dtypes[part])
     for adapter, weight in sorted(weighted, key=lambda each: adapter_merge.runs_beside(each[0])):
         adapter_merge.merge(adapter, networks, weight * adapter.multiplier)
-    side = read_config(args, configs)["sample_size"] * 8
+    side = config["sample_size"] * 8
     saving = argparse.Namespace(save_precision=args.precision, save_model_as=output.suffix[1:] if in_one else "diffusers",
                                 resolution=(side, side), proportion_empty_prompts=0)
-    target = output.with_suffix("") if in_one else output
-    for written in sdxl_output.save_model(target, saving, base, networks, None, schedule):
-        print(f"wrote {written}: {', '.join(sorted(changed))} with {len(weighted)} adapters in the weights")
-
-
-def on_meta(configs: Path, part: str, config: dict):
-    """The network of these configs without its weights."""
-    import diffusers
-    import transformers
-    with torch.device("meta"):
-        if part == "unet":
-            return diffusers.UNet2DConditionModel.from_config(config)
-        kind = transformers.CLIPTextModel if part == "text_encoder" else transformers.CLIPTextModelWithProjection
-        return kind(kind.config_class.from_pretrained(configs / part))
+    if family == SDXL:
+        sdxl_output.save_model(output.with_suffix("") if in_one else output, saving, base, networks, None, schedule)
+    elif in_one:    # what there was in the one, or the folder, each part in its precision
+        states = {part: {name: single_file.for_file(name, tensor, dtypes[part]) for name, tensor in network.state_dict().items()}
+                  for part, network in networks.items()}
+        sd3_output.save_file(output, states, sdxl.DTYPES.get(args.precision), (side, side))
+    else:
+        sd3_output.save_model(output, saving, base, networks, None)
+    print(f"wrote {output}: {', '.join(sorted(changed))} with {len(weighted)} adapters in the weights")
 
 
 def device() -> str:
@@ -217,12 +223,14 @@ def merge(args) -> None:
     if args.into:
         return merge_into(args)
     files = [adapter_find.find(text) for text in args.files]
-    models = [find_model(args.base, "--base", sdxl.PARTS[:1])] if args.base else []
-    output, config = check_output(args, [*models, *(file for file, _ in files)]), read_config(args, *models)
-    weighted = [(adapter_files.read(file, config), weight) for file, weight in files]
+    family = families.of_model(args.base, "--base") if args.base else ""
+    models = [find_model(args.base, "--base", families.MODULES[family].PARTS[:1])] if args.base else []
+    output, config = check_output(args, [*models, *(file for file, _ in files)]), read_config(args, family, *models)
+    weighted = read(files, config)
     parts = {key.partition(".")[0] for adapter, _ in weighted for key in adapter.modules}
     with contextlib.ExitStack() as stack:
-        networks = {part: on_meta(find_configs(args, *models), part, config) for part in parts if models}
+        networks = {part: families.on_meta(family, part, families.find_configs(family, args.config, *models))
+                    for part in parts if models}
         reads = {part: stack.enter_context(stored.open_part(models[0], part, network, config))
                  for part, network in networks.items()}
 
@@ -239,19 +247,25 @@ def merge(args) -> None:
 def extract(args) -> None:
     from library.models import adapters    # before diffusers, which looks for PEFT once
     from library.models.adapter_settings import PRESETS
-    parts = ("unet", *(TEXT if args.text_encoders else ()))
+    family = families.of_model(args.base, "--base")
+    if (other := families.of_model(args.tuned, "--tuned")) != family:
+        raise errors.UserError(f"--base {args.base} is a model of {family}, and --tuned {args.tuned} one of {other}")
+    denoiser = families.MODULES[family].PARTS[0]
+    parts = (denoiser, *(sdxl.TEXT_ENCODERS if args.text_encoders else ()))
     models = [find_model(name, flag, parts) for name, flag in ((args.base, "--base"), (args.tuned, "--tuned"))]
-    output, configs, config = check_output(args, models), find_configs(args, *models), read_config(args, *models)
-    names = tuple(args.lora_targets or ["attention"])
+    output, config = check_output(args, models), read_config(args, family, *models)
+    configs, names = families.find_configs(family, args.config, *models), tuple(args.lora_targets or ["attention"])
+    if family == SD3 and (args.conv_rank or "convolutions" in names):
+        raise errors.UserError("--conv_rank and --lora_targets convolutions are for SDXL: SD 3 has no such convolutions")
     preset = names[0] if len(names) == 1 and names[0] in PRESETS else None
     unet = Settings(rank=args.rank or sys.maxsize, targets=preset or names, conv_rank=args.conv_rank)
     text = dataclasses.replace(unet, targets=preset or "attention", conv_rank=None)    # as in training
     modules, kept, found = {}, {}, []
     with contextlib.ExitStack() as stack:
         for part in parts:    # all of both models is looked at before the first minute of SVD
-            network = on_meta(configs, part, config)
+            network = families.on_meta(family, part, configs)
             reads = [stack.enter_context(stored.open_part(path, part, network, config)) for path in models]
-            targets = adapters.targets(network, unet if part == "unet" else text)
+            targets = adapters.targets(network, unet if part == denoiser else text)
             found.append((part, network, *reads, {name: rank for name, (rank, _) in targets.items()}))
         for part, *rest in found:
             own, each, whole = adapter_svd.extract(part, *rest, args.energy, device())
@@ -263,7 +277,7 @@ def extract(args) -> None:
         raise errors.UserError(f"{args.base} and {args.tuned} do not differ in these layers: name other models, or other layers "
                                "with --lora_targets")
     say_kept(kept, "the difference there", args.rank)
-    write(args, output, adapter_files.Adapter("lora", modules, {}, "diffusers"), config)
+    write(args, output, Adapter("lora", modules, {}, "diffusers", family), config)
 
 
 def convert_or_resize(args) -> None:

@@ -38,8 +38,8 @@ def parse_args(argv=None):
     add("--batch_size", type=flags.COUNT, default=4, metavar="N", help="images drawn at once")
     add("--steps", type=flags.COUNT, default=30, metavar="N", help="denoising steps")
     add("--guidance", type=flags.NOT_NEGATIVE, default=5.0, metavar="G", help="classifier-free guidance; 1 has none")
-    add("--scheduler", choices=sorted(SCHEDULERS["sdxl"]),
-        help=f"sampler; of SD3 {', '.join(sorted(SCHEDULERS['sd3']))} (default: the model's own)")
+    add("--scheduler", choices=sorted(SCHEDULERS["SDXL"]),
+        help=f"sampler; of SD3 {', '.join(sorted(SCHEDULERS['SD 3']))} (default: the model's own)")
     add("--seed", type=flags.number(int, low=0), default=0, metavar="N", help="seed of the first image; the next ones count up")
     add("--image", metavar="FILE", help="start from this picture")
     add("--strength", type=flags.FRACTION, default=0.6, metavar="S",
@@ -85,10 +85,10 @@ def fault_of_skipping(args, default) -> str | None:
 
 
 SCHEDULERS = {    # of each family: sampler = diffusers' class
-    "sdxl": {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "euler": "EulerDiscreteScheduler",
+    "SDXL": {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "euler": "EulerDiscreteScheduler",
              "euler_a": "EulerAncestralDiscreteScheduler", "dpm++": "DPMSolverMultistepScheduler",
              "unipc": "UniPCMultistepScheduler", "heun": "HeunDiscreteScheduler"},
-    "sd3": {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler",
+    "SD 3": {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler",
             "dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}}
 
 if __name__ == "__main__":
@@ -103,7 +103,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from library.data import images
-from library.models import adapter_find, parts, sd3, sd3_file, sd3_output, sdxl
+from library.models import adapter_find, families, parts, sd3, sd3_output, sdxl
 from library.models.locate import find_model
 from library.training import accelerator as running
 from library.training import devices
@@ -112,53 +112,38 @@ from library.validation.images import decode, grid
 running.calm()    # before diffusers is imported, which reads it then
 import diffusers
 
-FAMILIES = {"sdxl": "StableDiffusionXL", "sd3": "StableDiffusion3"}    # what diffusers calls their pipelines
-SIDE = {"sdxl": 8, "sd3": 16}    # sides of images are multiples of it
-
-
-def family_of(args) -> tuple[str, dict]:
-    """The family of --model, and its model_index.json, {} of one file. Raises `UserError`."""
-    path = find_model(args.model, "--model", ())    # of a hub id, model_index.json alone is fetched
-    if path.is_file():
-        return "sd3" if sd3_file.holds_sd3(path) else "sdxl", {}
-    try:
-        index = json.loads((path / "model_index.json").read_text())
-        kind = str(index["_class_name"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise errors.UserError(f"--model: {args.model} has no model_index.json that says what it is: {error}") from error
-    family = next((family for family, name in FAMILIES.items() if kind.startswith(name)), None)
-    if not family:
-        raise errors.UserError(f"--model: {args.model} is a {kind}; SDXL, SD 3 and SD 3.5 are drawn here")
-    return family, index
+SIDE = {"SDXL": 8, "SD 3": 16}    # sides of images are multiples of it
 
 
 def check_family(args, family: str) -> None:
     """Refuse what the other family alone has. Raises `UserError`."""
     given = {"skip_layers": args.skip_layers, "no_t5": args.no_t5, "tokenizer_max_length": args.tokenizer_max_length != 154}
-    if family == "sdxl" and any(given.values()):
+    if family == "SDXL" and any(given.values()):
         raise errors.UserError(f"--{next(name for name in given if given[name])} is of SD3, and --model {args.model} is an SDXL")
     if args.scheduler and args.scheduler not in SCHEDULERS[family]:
         raise errors.UserError(f"--scheduler {args.scheduler}: SD3 is drawn with {', '.join(sorted(SCHEDULERS[family]))}")
-    if family == "sd3" and args.image and args.scheduler in ("dpm++", "unipc"):
+    if family == "SD 3" and args.image and args.scheduler in ("dpm++", "unipc"):
         raise errors.UserError(f"--scheduler {args.scheduler} draws SD3 from noise alone: with --image, use euler or heun")
 
 
-def load_pipeline(args, family: str, index: dict, size: tuple[int, int] | None, device: str):
+def load_pipeline(args, family: str, size: tuple[int, int] | None, device: str):
     """The model as a text-to-image or image-to-image pipeline on the device. size: of the images, where it is known.
 
     The VAE stays float32, but where SD3's pipeline hands it a picture in --precision.
     """
-    kind, dtype = getattr(diffusers, f"{FAMILIES[family]}{'Img2Img' if args.image else ''}Pipeline"), parts.DTYPES[args.precision]
+    kind = getattr(diffusers, f"{families.PIPELINES[family]}{'Img2Img' if args.image else ''}Pipeline")
+    dtype = parts.DTYPES[args.precision]
     try:
-        pipeline = load_sd3(args, index, size, kind, dtype) if family == "sd3" else load_sdxl(args, kind, dtype)
+        pipeline = load_sd3(args, size, kind, dtype) if family == "SD 3" else load_sdxl(args, kind, dtype)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise errors.UserError(f"--model: cannot load {args.model}: {error}") from error
-    if family == "sdxl" or not args.image:
+    if family == "SDXL" or not args.image:
         pipeline.vae.float()
     if args.scheduler:
         config, kind = pipeline.scheduler.config, getattr(diffusers, SCHEDULERS[family][args.scheduler])
         of_flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.get("shift", 1.0)}
-        pipeline.scheduler = kind.from_config(config, **(of_flow if family == "sd3" and "FlowMatch" not in kind.__name__ else {}))
+        more = of_flow if family == "SD 3" and "FlowMatch" not in kind.__name__ else {}
+        pipeline.scheduler = kind.from_config(config, **more)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -172,22 +157,16 @@ def load_sdxl(args, kind: type, dtype: torch.dtype):
     return kind.from_pretrained(path, **options)
 
 
-def load_sd3(args, index: dict, size: tuple[int, int] | None, kind: type, dtype: torch.dtype):
+def load_sd3(args, size: tuple[int, int] | None, kind: type, dtype: torch.dtype):
     """What one file does not hold, tokenizers and often text encoders, comes from --config."""
-    wanted = [part for part in sd3.PARTS if not (args.no_t5 and part.endswith("_3")) and (index.get(part) or [True])[0]]
-    path = find_model(args.model, "--model", tuple(wanted) + ("transformer_raw",) * args.raw)
-    held = sd3_file.parts_in(path) if path.is_file() else tuple(wanted)
-    apart = tuple(part for part in wanted if part not in held)
-    configs = path if path.is_dir() else find_model(args.config or sd3_file.usual_configs(path), "--config", apart,
-                                                    loose=tuple(f"{part}/config.json" for part in held))
-    base = parts.Base(path, configs, None, tuple(configs / part for part in parts.TOKENIZERS if part in wanted), None, apart)
+    base, held = sd3.find_whole(args.model, "--model", args.config, args.no_t5, ("transformer_raw",) * args.raw)
     sd3_output.check_base(base, sum(args.skip_layers, []), "--skip_layers")
     if size:
         sd3_output.check_sizes(base, [size], "--size")
     tokenizers = dict(zip(parts.TOKENIZERS, sd3.load_tokenizers(base), strict=False))
-    networks = {part: sd3.load_part(base, part, dtype) for part in sd3.PARTS[:5] if part in wanted}
+    networks = {part: sd3.load_part(base, part, dtype) for part in held}
     if args.raw:
-        place = path / "transformer_raw"
+        place = base.path / "transformer_raw"
         networks["transformer"] = parts.load_network(sd3.class_of("transformer"), "transformer_raw", place, dtype, None)
     return kind(**dict.fromkeys(sd3.PARTS) | networks | tokenizers | {"scheduler": sd3_output.sampler(base)})
 
@@ -239,21 +218,21 @@ def save(image: Image.Image, path: Path, parameters: dict) -> None:
 
 @torch.no_grad()
 def main(args):
-    prompts, (family, index) = read_prompts(args), family_of(args)
+    prompts, family = read_prompts(args), families.of_model(args.model, "--model")
     check_family(args, family)
     start, device, output = read_start(args, SIDE[family]), devices.best(), Path(args.output_dir)
     devices.prepare(device)
     loras = [adapter_find.find(text) for text in args.lora]
-    pipeline = load_pipeline(args, family, index, start.size if start else args.size, device)
+    pipeline = load_pipeline(args, family, start.size if start else args.size, device)
     if loras:
         add_adapters(pipeline, loras)
     output.mkdir(parents=True, exist_ok=True)
-    own = (pipeline.unet if family == "sdxl" else pipeline.transformer).config.sample_size * pipeline.vae_scale_factor
+    own = (pipeline.unet if family == "SDXL" else pipeline.transformer).config.sample_size * pipeline.vae_scale_factor
     width, height = start.size if start else args.size or (own, own)
     options = {"strength": args.strength} if start else {}
-    if family == "sd3" or not start:
+    if family == "SD 3" or not start:
         options |= {"width": width, "height": height}
-    if family == "sd3":
+    if family == "SD 3":
         options["max_sequence_length"] = args.tokenizer_max_length
     skipped = sd3_output.skip_layer_guidance(sum(args.skip_layers, []) or None, args.skip_layer_scale, args.skip_layer_start,
                                              args.skip_layer_stop)

@@ -31,7 +31,8 @@ def parse_args(argv=None):
     flags.add_validation_flags(parser)
     flags_sd3.add_skip_layer_flags(parser)
     flags.add_runtime_flags(parser)
-    parser.override_defaults(output_dir="sd3-lora", single_file_config="stabilityai/stable-diffusion-3.5-medium")
+    parser.override_defaults(output_dir="sd3-lora", single_file_config="stabilityai/stable-diffusion-3.5-medium",
+                             validation_preview_model="madebyollin/taesd3")
     args = parser.parse_args(argv)
     flags.check(parser, args)
     return args
@@ -179,7 +180,7 @@ def main(args):
             show_and_save(state.step)
     for batch in log.waiting(batches.batches(state.step, steps)):
         if accelerator.sync_gradients:    # an optimizer step begins
-            running.seed_dropout(seed, state.step)
+            running.seed_dropout(seed, state.step, device.type)
         with accelerator.accumulate(*wrapped):
             batch = on_device(batch)
             with offload.activations(args.offload_activations, everything, device.type):
@@ -194,7 +195,7 @@ def main(args):
             if not spike:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        log.add(loss, len(batch["latents"]))    # stays on the device: no wait for it here
+        log.add(loss, len(batch["latents"]), spike)    # stays on the device: no wait for it here
         if not accelerator.sync_gradients:
             continue
         # one optimizer step is done

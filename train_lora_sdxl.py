@@ -170,7 +170,7 @@ def main(args):
             show_and_save(state.step)
     for batch in log.waiting(batches.batches(state.step, steps)):
         if accelerator.sync_gradients:    # an optimizer step begins
-            running.seed_dropout(seed, state.step)
+            running.seed_dropout(seed, state.step, device.type)
         with accelerator.accumulate(*wrapped):
             batch = on_device(batch)
             with offload.activations(args.offload_activations, everything, device.type):

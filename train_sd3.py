@@ -28,7 +28,8 @@ def parse_args(argv=None):
     flags.add_validation_flags(parser)
     flags_sd3.add_skip_layer_flags(parser)
     flags.add_runtime_flags(parser)
-    parser.override_defaults(output_dir="sd3-model-finetuned", single_file_config="stabilityai/stable-diffusion-3.5-medium")
+    parser.override_defaults(output_dir="sd3-model-finetuned", single_file_config="stabilityai/stable-diffusion-3.5-medium",
+                             validation_preview_model="madebyollin/taesd3")
     args = parser.parse_args(argv)
     flags.check(parser, args)
     return args
@@ -172,7 +173,7 @@ def main(args):
             if not spike:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        log.add(loss, len(batch["latents"]))    # stays on the device: no wait for it here
+        log.add(loss, len(batch["latents"]), spike)    # stays on the device: no wait for it here
         if not accelerator.sync_gradients:
             continue
 

@@ -1,13 +1,16 @@
-"""CPU-seconds of a training step, train_lora_sdxl.py against diffusers' LoRA script, and images/s from them.
+"""CPU-seconds of a training step, our scripts for adapters against diffusers', and images/s from them.
 
     python benchmarks/make_data.py out/bench
     python benchmarks/lora_speed.py out/bench --peer diffusers/examples/text_to_image/train_text_to_image_lora_sdxl.py
+    python benchmarks/lora_speed.py out/bench --script train_lora_sd3.py --peer_flags=--cache_latents \\
+        --peer diffusers/examples/dreambooth/train_dreambooth_lora_sd3.py                                      # [--captions]
 
 Both scripts run as they are, with the same model, photographs and flags: resolution 256, LoRA of rank 16 on the attention
 layers, AdamW, one thread on one core. Both are halted at the end of every optimizer step and take turns step by step,
 so that they see the same machine. A step is all from the end of one optimizer step to the end of the next: data, encoders,
 UNet, log. Ratios are of pairs of steps. Time spent before the first step, where ours encodes all data, is shown, not counted.
 The ratio depends on what the VAE costs beside the UNet. In --model half, UNet and VAE are SDXL's at half their widths.
+SD 3's peer encodes one prompt for all images before the first step; with --captions, a caption an image in every step.
 """
 
 import argparse
@@ -21,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measured import OURS, Watch, environment, flags, pin
+from measured import OURS, PROMPT, Watch, dreambooth_flags, environment, flags, pin
 
 # as in make_data.py; the UNet has 642 M parameters
 HALF = {"widths": (160, 320, 640), "layers": [1, 2, 10], "heads": [2, 5, 10], "text": (384, 640), "vae": (64, 128, 256, 256),
@@ -33,10 +36,11 @@ def run_in_turns(script: str, go: int, done: int) -> None:
     import torch
     import transformers
     from accelerate import Accelerator
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
     from torch.utils.data import dataloader
     watch = Watch()
-    places = [(UNet2DConditionModel, "forward", "forward"), (Accelerator, "backward", "backward"),
+    places = [(UNet2DConditionModel, "forward", "forward"), (SD3Transformer2DModel, "forward", "forward"),
+              (Accelerator, "backward", "backward"), (transformers.T5EncoderModel, "forward", "text encoders"),
               (Accelerator, "clip_grad_norm_", "clip"), (AutoencoderKL, "encode", "VAE"),
               (dataloader._BaseDataLoaderIter, "__next__", "data"),
               (transformers.CLIPTextModel, "forward", "text encoders"),
@@ -96,7 +100,10 @@ class Turns:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder of make_data.py")
-    parser.add_argument("--peer", type=Path, required=True, help="diffusers' train_text_to_image_lora_sdxl.py")
+    parser.add_argument("--script", default="train_lora_sdxl.py", choices=("train_lora_sdxl.py", "train_lora_sd3.py"))
+    parser.add_argument("--captions", action="store_true", help="of SD 3: a caption an image instead of one prompt")
+    parser.add_argument("--peer", type=Path, required=True, help="diffusers' train_text_to_image_lora_sdxl.py or its like")
+    parser.add_argument("--peer_flags", default="", help="more flags of the peer alone")
     parser.add_argument("--peer_python_path", help="PYTHONPATH of the peer alone (torchvision)")
     parser.add_argument("--model", default="tiny", choices=("tiny", "small", "half"), help="half: made where it is missing")
     parser.add_argument("--photos", default="photos", help="folder of photographs in DATA")
@@ -107,7 +114,8 @@ def main() -> None:
     parser.add_argument("--core", type=int, help="keep everything on this core")
     args = parser.parse_args()
     pin(args.core)
-    if args.model == "half" and not (args.data / "half" / "model_index.json").exists():
+    sd3 = args.script == "train_lora_sd3.py"
+    if args.model == "half" and not sd3 and not (args.data / "half" / "model_index.json").exists():
         import make_data
         make_data.make_model(args.data / "half", **HALF)
 
@@ -115,10 +123,13 @@ def main() -> None:
         def arguments(name: str) -> list[str]:
             chosen = {"rank": 16, "lr_warmup_steps": 0, "train_batch_size": args.batch_size,
                       "mixed_precision": args.mixed_precision, "max_train_steps": args.steps + args.warm_up + 2}
-            return flags(args.data, args.model, Path(folder) / name, *(f"--{key}={value}" for key, value in chosen.items()),
-                         photos=args.photos)
+            more = [f"--{key}={value}" for key, value in chosen.items()] + (args.peer_flags.split() if name == "peer" else [])
+            if not sd3:
+                return flags(args.data, args.model, Path(folder) / name, *more, photos=args.photos)
+            more += ["--precondition_outputs", "1"] + (["--instance_prompt", PROMPT] if args.captions and name == "peer" else [])
+            return dreambooth_flags(args.data, args.model, Path(folder) / name, *more, captions=args.captions, photos=args.photos)
 
-        scripts = {"ours": Turns(OURS.with_name("train_lora_sdxl.py"), arguments("ours"), None),
+        scripts = {"ours": Turns(OURS.with_name(args.script), arguments("ours"), None),
                    "peer": Turns(args.peer.resolve(), arguments("peer"), args.peer_python_path)}
         steps: dict[str, list[dict]] = {name: [] for name in scripts}
         for number in range(args.warm_up + args.steps):
@@ -128,7 +139,9 @@ def main() -> None:
             script.close()
 
     whole = {name: [step["whole"] for step in each[args.warm_up:]] for name, each in steps.items()}
-    print(f"{args.model}, batch {args.batch_size}, mixed precision {args.mixed_precision}, {args.steps} steps in turns")
+    kind = f", {'captions' if args.captions else 'one prompt'}, the peer with {args.peer_flags or 'no more flags'}" if sd3 else ""
+    print(f"{args.script}, {args.model}{kind}, batch {args.batch_size}, mixed precision {args.mixed_precision}, "
+          f"{args.steps} steps in turns")
     for name, seconds in whole.items():
         parts = {part: sum(step.get(part, 0.0) for step in steps[name][args.warm_up:]) / sum(seconds)
                  for part in dict.fromkeys(part for step in steps[name] for part in step if part != "whole")}

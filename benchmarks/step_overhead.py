@@ -2,11 +2,11 @@
 
     python benchmarks/make_data.py out/bench
     python benchmarks/step_overhead.py out/bench --model tiny --steps 120
-    python benchmarks/step_overhead.py out/bench --model tiny --steps 120 --script train_lora_sdxl.py
+    python benchmarks/step_overhead.py out/bench --model tiny --steps 120 --script train_lora_sdxl.py    # or train_sd3.py ...
 
-Runs the script in this process with warm caches and counts CPU-seconds around the calls of the UNet, of backward,
-of clip_grad_norm_ and of the optimizer; all the rest of a step (batch, loss, log, schedule) is the overhead.
-Before every step it also makes a step of a bare loop on a second UNet (with train_lora_sdxl.py: on PEFT's LoRA of rank 16
+Runs the script in this process with warm caches and counts CPU-seconds around the calls of the UNet or transformer, of
+backward, of clip_grad_norm_ and of the optimizer; all the rest of a step (batch, loss, log, schedule) is the overhead.
+Before every step it also makes a step of a bare loop on a second network (for the scripts of LoRA: on PEFT's, of rank 16,
 on it) with the same batch: forward, backward, clipping, fused AdamW and nothing else. So both see the same machine;
 medians over the steps are compared.
 """
@@ -24,30 +24,39 @@ from measured import OURS, Watch, environment, flags, pin
 from measured import run as fill
 
 WARM_UP = 5    # first steps, not counted
+SCRIPTS = (OURS.name, "train_lora_sdxl.py", "train_sd3.py", "train_lora_sd3.py")
+TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
 class BareLoop:
     """Forward, backward, clipping and fused AdamW on ready tensors. lora: of a LoRA on the attention layers, the rest frozen."""
 
-    def __init__(self, model: Path, lora: bool):
+    def __init__(self, model: Path, sd3: bool, lora: bool):
         import torch
-        from diffusers import UNet2DConditionModel
-        self.unet = UNet2DConditionModel.from_pretrained(model / "unet").train()
+        from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+        part, kind = ("transformer", SD3Transformer2DModel) if sd3 else ("unet", UNet2DConditionModel)
+        self.network, self.sd3 = kind.from_pretrained(model / part).train(), sd3
         if lora:
             from peft import LoraConfig
-            self.unet.requires_grad_(False)
-            self.unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
-        self.trained = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+            targets = [*TARGETS, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"] if sd3 else TARGETS
+            self.network.requires_grad_(False)
+            self.network.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=targets))
+        self.trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
         self.seconds: list[float] = []
 
     def step(self, batch: dict) -> None:
         import torch
-        ready = [batch["latents"].clone(), torch.randint(0, 1000, (len(batch["latents"]),)), batch["prompt_embeds"].clone()]
-        cond = {"text_embeds": batch["pooled_prompt_embeds"].clone(), "time_ids": batch["time_ids"].clone()}
-        noise = batch["noise"].clone()
+        latents, hidden, pooled, noise = (
+            batch[name].clone() for name in ("latents", "prompt_embeds", "pooled_prompt_embeds", "noise"))
+        levels = torch.randint(0, 1000, (len(latents),))
+        if self.sd3:
+            ready = {"hidden_states": latents, "timestep": levels, "encoder_hidden_states": hidden, "pooled_projections": pooled}
+        else:
+            ready = {"sample": latents, "timestep": levels, "encoder_hidden_states": hidden,
+                     "added_cond_kwargs": {"text_embeds": pooled, "time_ids": batch["time_ids"].clone()}}
         begin = time.process_time()
-        prediction = self.unet(*ready, added_cond_kwargs=cond).sample
+        prediction = self.network(**ready).sample
         torch.nn.functional.mse_loss(prediction, noise).backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
@@ -61,17 +70,19 @@ def instrument(watch: Watch, bare: BareLoop | None) -> None:
     from accelerate import Accelerator
 
     from library.data.loader import Loader
-    from library.models import sdxl
+    from library.models import sd3, sdxl
     Accelerator.backward = watch.timed("backward", Accelerator.backward)
     Accelerator.clip_grad_norm_ = watch.timed("clip", Accelerator.clip_grad_norm_)
     torch.optim.AdamW.step = watch.timed("optimizer", torch.optim.AdamW.step)
-    load_part, batches = sdxl.load_part, Loader.batches
+    batches = Loader.batches
 
-    def load_and_time(base, part, *rest):
-        model = load_part(base, part, *rest)
-        if part == "unet":
-            model.forward = watch.timed("forward", model.forward)
-        return model
+    def timing(load_part):
+        def load_and_time(base, part, *rest):
+            model = load_part(base, part, *rest)
+            if part in ("unet", "transformer"):
+                model.forward = watch.timed("forward", model.forward)
+            return model
+        return load_and_time
 
     def batches_between_bare_steps(self, first_step, steps):
         composed = batches(self, first_step, steps)
@@ -82,13 +93,13 @@ def instrument(watch: Watch, bare: BareLoop | None) -> None:
             watch.start()
             yield next(composed)
 
-    sdxl.load_part, Loader.batches = load_and_time, batches_between_bare_steps
+    sdxl.load_part, sd3.load_part, Loader.batches = timing(sdxl.load_part), timing(sd3.load_part), batches_between_bare_steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder of make_data.py")
-    parser.add_argument("--script", default=OURS.name, choices=(OURS.name, "train_lora_sdxl.py"))
+    parser.add_argument("--script", default=OURS.name, choices=SCRIPTS)
     parser.add_argument("--model", default="tiny", choices=("tiny", "small"))
     parser.add_argument("--photos", default="photos_80", help="folder of photographs in DATA")
     parser.add_argument("--steps", type=int, default=60)
@@ -97,15 +108,17 @@ def main() -> None:
     args = parser.parse_args()
     pin(args.core)
     os.environ.update(environment())
+    sd3, lora = "sd3" in args.script, "lora" in args.script
+    model = f"sd3_{args.model}" if sd3 else args.model
 
     with tempfile.TemporaryDirectory() as folder:
-        run = flags(args.data, args.model, Path(folder) / "out", "--max_train_steps", str(args.steps),
+        run = flags(args.data, model, Path(folder) / "out", "--max_train_steps", str(args.steps),
                     "--embedding_cache_dir", str(Path(folder) / "cache"), photos=args.photos)
         script = OURS.with_name(args.script)
         fill([sys.executable, str(script), *run, "--cache_only"], environment())
         sys.path.insert(0, str(script.parent))
         task, watch = importlib.import_module(script.stem), Watch()
-        instrument(watch, None if args.no_bare else (bare := BareLoop(args.data / args.model, "lora" in script.stem)))
+        instrument(watch, None if args.no_bare else (bare := BareLoop(args.data / model, sd3, lora)))
         run[run.index("--output_dir") + 1] = str(Path(folder) / "again")
         task.main(task.parse_args(run))
 

@@ -88,6 +88,23 @@ VALUES = {
     "flow_schedule_shift": {"0": "1", "0.0": "1"},    # SimpleTuner: off
 }
 
+# What has no counterpart, and why.
+ABSENT = {
+    "base_model_default_dtype": "layers that are not quantised are in --mixed_precision, and adapters in float32",
+    "webhook_reporting_interval": "webhooks are told of previews alone",
+    # diffusers' DreamBooth
+    "upcast_before_saving": "what is trained is float32, and --save_precision is that of the file",
+    "sample_batch_size": "class images are drawn one at a time, each by a seed of its own",
+    "prior_generation_precision": "class images are drawn in --mixed_precision",
+    "adam_weight_decay_text_encoder": "--adam_weight_decay is of all that is trained",
+    **{f"prodigy_{name}": f"--optimizer_args {name}=... says it"
+       for name in ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")},
+    # kohya's SD3
+    **dict.fromkeys(("clip_l", "clip_g", "t5xxl"), "text encoders lie in the one file, or come from --single_file_config"),
+    "blocks_to_swap": "--gradient_checkpointing and, for adapters, --base_model_precision save memory",
+    "fp8_base": "--base_model_precision fp8-torchao says it, for adapters",
+}
+
 # SimpleTuner has one program for all models: what it calls a family and a type is a script here.
 SCRIPTS = {("sdxl", "full"): "train_sdxl.py", ("sdxl", "lora"): "train_lora_sdxl.py",
            ("sd3", "full"): "train_sd3.py", ("sd3", "lora"): "train_lora_sd3.py"}
@@ -102,32 +119,37 @@ _PROMPTS = "user_prompt_library"    # SimpleTuner's file of validation prompts
 _OF_KOHYAS_NETWORKS = ("network_train_unet_only", "network_train_text_encoder_only", "dim_from_weights", "text_encoder_lr")
 
 
-def names() -> list[str]:
-    """Every foreign flag, with its dashes."""
-    return [f"--{name}" for name in (*RENAMED, *REPLACED, *ATTENTION, *_OF_SIMPLETUNER, _PROMPTS, *_OF_KOHYAS_NETWORKS)]
+def names(known: list[str] | None = None) -> list[str]:
+    """Every foreign flag, with its dashes; only what says one of the flags `known`, if that is given."""
+    says = RENAMED | {name: flag for name, (flag, _) in REPLACED.items()} | {_PROMPTS: "validation_prompt"}
+    says |= dict.fromkeys(ATTENTION, "attention_mechanism") | dict.fromkeys(_OF_KOHYAS_NETWORKS, "network_module")
+    ours = [name for name, flag in says.items() if known is None or f"--{flag}" in known]
+    return [f"--{name}" for name in (*ours, *_OF_SIMPLETUNER)]
 
 
-def translate(argv: list[str], script: str | None = None, adapters: bool = False) -> list[str]:
+def translate(argv: list[str], script: str | None = None, adapters: int = 0) -> list[str]:
     """A command line in any of the dialects -> the same in our flags.
 
     A `--config_file` is read and put before the command line, which therefore overrides it.
-    script: the name of the script that is to understand it; None: of the one that runs. adapters: whether it trains them.
-    Raises `DialectError`.
+    script: the name of the script that is to understand it; None: of the one that runs. adapters: how many text encoders may have
+    one there (SD3: three, with T5); 0 where none is trained. Raises `DialectError`.
     """
     for index, token in enumerate(argv):
         name, equals, value = token.partition("=")
         if name == "--config_file":
             if not equals and index + 1 == len(argv):
-                raise DialectError("--config_file: the name of a .json or .toml file is missing")
+                raise DialectError("--config_file: the name of a .json, .toml or .env file is missing")
             argv = read_config(Path(value if equals else argv[index + 1])) + list(argv)
             break
 
     groups = _with_attention(_with_library(_without_zeros(_groups(argv))))
-    translated, model = _of_networks(groups) if adapters else [], {}
+    translated, model = _of_networks(groups, adapters) if adapters else [], {}
     for name, equals, values in groups:
         flag = RENAMED.get(name, name)
         if name in _OF_KOHYAS_NETWORKS and adapters:
             continue
+        if name in ABSENT:
+            raise DialectError(f"--{name} is not here: {ABSENT[name]}. Leave it out")
         if name in _OF_SIMPLETUNER:
             if len(values) != 1:
                 raise DialectError(f"--{name} takes one value, not {len(values)}")
@@ -195,17 +217,23 @@ def _with_attention(groups: list[tuple[str, bool, list[str]]]) -> list[tuple[str
     return [chosen.get(place, group) for place, group in enumerate(groups) if group[0] not in ATTENTION or place in chosen]
 
 
-def _of_networks(groups: list[tuple[str, bool, list[str]]]) -> list[str]:
+def _of_networks(groups: list[tuple[str, bool, list[str]]], encoders: int) -> list[str]:
     """kohya trains adapters of the text encoders, too, unless told not to, or unless their outputs are cached.
 
-    --text_encoder_lr (kohya's and diffusers') is one rate for both, or two. --dim_from_weights is what is done anyway.
+    --text_encoder_lr (kohya's and diffusers') is one rate for both CLIPs, or two; of SD3 the third is T5's, which one or two
+    leave alone unless --network_args have train_t5xxl, as kohya's do. --dim_from_weights is what is done anyway.
     """
     given = {name: values for name, _, values in groups}    # the last one counts
     on = {name for name, values in given.items() if (values or ["true"])[-1].lower() not in ("false", "0", "no", "off")}
     rates = given.get("text_encoder_lr", [])
-    if "text_encoder_lr" in given and len(rates) not in (1, 2):
-        raise DialectError(f"--text_encoder_lr takes one rate for both text encoders, or two, not {len(rates)}")
-    flags = [f"--learning_rate_te{place}={rate}" for place, rate in zip((1, 2), (rates * 2)[:2], strict=bool(rates))]
+    if "text_encoder_lr" in given and not 1 <= len(rates) <= encoders:
+        most = f"one rate for both {'text encoders, or two' if encoders == 2 else 'CLIPs, or two, and a third for T5'}"
+        raise DialectError(f"--text_encoder_lr takes {most}, not {len(rates)}" + (
+            ": SDXL has no T5, whose rate is the third" if encoders < len(rates) == 3 else ""))
+    if rates:
+        t5 = len(rates) == 3 or encoders == 3 and "train_t5xxl=true" in map(str.lower, given.get("network_args", []))
+        rates = [rates[min(place, len(rates) - 1)] for place in range(3 if t5 else 2)]
+    flags = [f"--learning_rate_te{place}={rate}" for place, rate in enumerate(rates, 1)]
     if "network_train_text_encoder_only" in on:
         flags.append("--unet_lr=0")
     cached = on & {"cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"}
@@ -234,7 +262,8 @@ def _model(given: dict[str, str], script: str) -> list[str]:
     for name, value, known in (("model_family", family, FLAVOURS), ("model_type", kind, ("full", "lora", None)),
                                ("model_flavour", given.get("model_flavour"), (None, *FLAVOURS.get(family, ())))):
         if value not in known:
-            raise DialectError(f"--{name} is {value!r}, and there is {' and '.join(filter(None, known))} here")
+            more = f" for {family}; leave it out where --pretrained_model_name_or_path names the model" * (name == "model_flavour")
+            raise DialectError(f"--{name} is {value!r}, and there is {' and '.join(filter(None, known))} here{more}")
     if script in families and SCRIPTS[family, kind] != script:
         other = SCRIPTS[family, kind]
         absent = "" if (Path(__file__).parent.parent / other).exists() else ", which this version does not have"

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 
+from library import config_files
 from library.flags_adapter import faults_of_adapter, idle_adapter_flags
 from library.flags_data import add_cache_flags, add_data_flags, faults_of_data, idle_data_flags  # noqa: F401
 from library.flags_sd3 import add_flow_flags, faults_of_sd3, idle_sd3_flags
@@ -185,7 +186,7 @@ def add_checkpoint_flags(parser: Parser) -> None:
 def add_runtime_flags(parser: Parser) -> None:
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--config_file", metavar="FILE", help="flags from a .json or .toml file; the command line goes before it")
+    add("--config_file", metavar="FILE", help="flags from a .json, .toml or .env file; the command line goes before it")
     add("--seed", type=number(int, low=0, high=2**63 - 1), metavar="N",
         help="fixes the whole run (default: drawn, and written down)")
     add("--mixed_precision", choices=("no", "fp16", "bf16"),
@@ -217,6 +218,11 @@ def add_validation_flags(parser: Parser) -> None:
         help="sizes of the images (default: --resolution)")
     add("--validation_num_inference_steps", type=COUNT, default=25, metavar="N", help="denoising steps")
     add("--validation_guidance", type=NOT_NEGATIVE, default=5.0, metavar="G", help="classifier-free guidance scale")
+    switch(group, "validation_preview", "also decode images while they are drawn, into OUTPUT_DIR/validation/*/previews")
+    add("--validation_preview_steps", type=COUNT, default=1, metavar="N", help="denoising steps between two previews")
+    add("--validation_preview_model", default="madebyollin/taesdxl", metavar="MODEL",
+        help="tiny autoencoder that decodes them: a diffusers folder or a hub id")
+    add("--webhook_config", metavar="FILE", help="also post previews to the webhooks (raw or discord) in this .json file")
     add("--eval_steps_interval", type=COUNT, metavar="N",
         help="optimizer steps between two losses on the evaluation sets (default: at the end alone)")
     add("--num_eval_images", type=COUNT, default=4, metavar="N", help="images of each evaluation set")
@@ -227,7 +233,7 @@ def add_validation_flags(parser: Parser) -> None:
 def check(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, all of them in one sentence."""
     faults = faults_of_data(args) + (faults_of_adapter(args) if hasattr(args, "lora_type") else [])
-    faults += faults_of_sd3(args) if hasattr(args, "weighting_scheme") else []
+    faults += faults_of_sd3(args, parser.given) if hasattr(args, "weighting_scheme") else []
     if args.use_8bit_adam and args.optimizer not in ("adamw", "adamw_8bit"):
         faults.append(f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other")
     if args.use_ema and args.optimizer.endswith("schedulefree"):
@@ -240,6 +246,8 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
     faults += _derive_accumulation(parser, args)
     if args.push_to_hub and args.save_model_as != "diffusers":
         faults.append("--push_to_hub needs --save_model_as diffusers")
+    if args.webhook_config:
+        faults += config_files.faults_of_webhooks(args.webhook_config, args.output_dir if args.push_to_hub else None)
     if getattr(args, "zero_terminal_snr", False) and args.prediction_type == "epsilon":
         faults.append("--zero_terminal_snr needs --prediction_type v_prediction: at pure noise, epsilon says nothing "
                       "of the image")
@@ -271,13 +279,19 @@ def without_effect(parser: Parser, args: argparse.Namespace) -> list[str]:
     """
     schedule, bias = args.lr_scheduler, getattr(args, "timestep_bias_strategy", None)
     shown = ("validation_negative_prompt", "num_validation_images", "validation_epochs", "validation_steps",
-             "validation_resolution", "validation_num_inference_steps", "validation_guidance", "validation_seed")
+             "validation_resolution", "validation_num_inference_steps", "validation_guidance", "validation_seed",
+             "validation_preview")
+    drawn = args.validation_num_inference_steps
     needs = [    # (flags, whether they are used, why not)
         *idle_data_flags(args), *(idle_adapter_flags(args) if hasattr(args, "lora_type") else []),
         *(idle_sd3_flags(args) if hasattr(args, "weighting_scheme") else []),
         (("ema_decay",), args.use_ema, "without --use_ema"),
         (("sageattention_usage",), args.attention_mechanism == "sageattention", "without --attention_mechanism sageattention"),
         (shown, args.validation_prompt, "without --validation_prompt"),
+        (("validation_preview_steps", "validation_preview_model", "webhook_config"), args.validation_preview,
+         "without --validation_preview"),
+        (("validation_preview",), args.validation_preview_steps <= drawn,
+         f"as --validation_preview_steps {args.validation_preview_steps} is more than the {drawn} steps of an image"),
         (("hub_model_id", "hub_token"), args.push_to_hub, "without --push_to_hub"),
     ]
     needs += [
@@ -290,5 +304,8 @@ def without_effect(parser: Parser, args: argparse.Namespace) -> list[str]:
                  "lr_scheduler_timescale": ("inverse_sqrt",),
                  "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay")}
     needs += [((name,), schedule in users, f"with --lr_scheduler {schedule}") for name, users in schedules.items()]
-    return [f"--{name} has no effect {why}" for names, used, why in needs if not used
+    told = [f"--{name} has no effect {why}" for names, used, why in needs if not used
             for name in names if getattr(args, name) != parser.get_default(name)]
+    if args.validation_preview and args.validation_prompt and not args.webhook_config:
+        told.append("--validation_preview writes files alone; with --webhook_config FILE it posts them, too")
+    return told

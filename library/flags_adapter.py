@@ -87,6 +87,7 @@ def add_dreambooth_flags(parser: Parser) -> None:
     add = group.add_argument
     add("--instance_data_dir", metavar="DIR", help="a few images of one thing, all under --instance_prompt")
     add("--instance_prompt", metavar="PROMPT", help="a prompt with a rare word for it, such as `a photo of sks dog`")
+    add("--repeats", type=COUNT, default=1, metavar="N", help="how often an epoch shows each of these images")
     switch(group, "with_prior_preservation", "also train on images of its class, so that the class stays as it was")
     add("--class_data_dir", metavar="DIR", help="images of the class; missing ones are drawn by the base model")
     add("--class_prompt", metavar="PROMPT", help="a prompt for the class, such as `a photo of a dog`")
@@ -133,6 +134,7 @@ def idle_adapter_flags(args: argparse.Namespace) -> list[tuple[tuple[str, ...], 
     kohya, lycoris, exists = args.network_module is not None, args.lora_type == "lycoris", args.init_lora is not None
     needs = [
         (("num_class_images",), args.with_prior_preservation, "without --with_prior_preservation"),
+        (("repeats",), bool(args.instance_prompt), "without --instance_prompt"),
         (("lycoris_config",), lycoris and not exists, "without --lora_type lycoris"),
         ((*_OF_A_NEW_ONE, "lora_type"), not kohya or exists, "with --network_module, whose --network_args say it"),
         ((*_OF_A_NEW_ONE, "rank", "lora_alpha", "lora_dropout", "rank_dropout", "module_dropout"), not lycoris or exists,

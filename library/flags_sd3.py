@@ -81,13 +81,15 @@ def density(args: argparse.Namespace) -> str:
     return args.weighting_scheme if args.weighting_scheme in ("logit_normal", "mode") else "uniform"
 
 
-def faults_of_sd3(args: argparse.Namespace) -> list[str]:
-    """Contradictions among the flags of SD3, a sentence each."""
+def faults_of_sd3(args: argparse.Namespace, given: set[str]) -> list[str]:
+    """Contradictions among the flags of SD3, a sentence each. given: the names of flags that the user wrote."""
     faults = []
     if args.flow_use_uniform_schedule and args.flow_use_beta_schedule:
         faults.append("--flow_use_uniform_schedule and --flow_use_beta_schedule exclude each other")
-    if args.weighting_scheme == "mode" and density(args) != "mode":
-        faults.append(f"--weighting_scheme mode and --flow_use_{density(args)}_schedule exclude each other")
+    scheme, drawn = args.weighting_scheme, density(args)
+    if "weighting_scheme" in given and scheme in ("logit_normal", "mode") and drawn != scheme:
+        faults.append(f"--weighting_scheme {scheme} and --flow_use_{drawn}_schedule exclude each other: each says which noise "
+                      "levels are drawn; leave one out, or give --weighting_scheme none")
     if args.validation_guidance_skip_layers_start >= args.validation_guidance_skip_layers_stop:
         faults.append("--validation_guidance_skip_layers_start must be below --validation_guidance_skip_layers_stop")
     why = f"must be a multiple of {SIZE_STEP}: SD3 takes latents 2 by 2"

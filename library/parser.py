@@ -35,11 +35,14 @@ class Parser(argparse.ArgumentParser):
             errors.explain_imports(self.prog)
         argv = sys.argv[1:] if argv is None else list(argv)
         try:
-            argv = dialects.translate(argv, adapters="--network_module" in self._option_string_actions)
+            options = self._option_string_actions
+            encoders = 0 if "--network_module" not in options else 3 if "--learning_rate_te3" in options else 2
+            argv = dialects.translate(argv, adapters=encoders)
         except dialects.DialectError as error:
             self.error(str(error))
         for token in argv:    # before what is missing: a misspelt flag often is the missing one
             self._check_known(token.partition("=")[0])
+        self.given = {token.partition("=")[0][2:] for token in argv}    # flags that were named, if only with their defaults
         args, stray = self.parse_known_args(argv, namespace)
         if stray:
             self.error(f"{' '.join(stray)!r} belongs to no flag; flags begin with --")
@@ -48,7 +51,7 @@ class Parser(argparse.ArgumentParser):
     def _check_known(self, name: str) -> None:
         known = [option for action in self._actions for option in action.option_strings]
         if name.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known + dialects.names(), n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, known + dialects.names(known), n=1, cutoff=0.5)
             self.error(f"there is no flag {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists every flag"))
 
     def error(self, message: str):

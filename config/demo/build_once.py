@@ -7,13 +7,13 @@ from pathlib import Path
 MARK = ".made_from"  # hidden, so that no image scan takes it for a caption
 
 
-def build_once(out, sources, build):
-    """Call build(folder) unless `out` was made from the same `sources` (files); return whether it was called.
+def build_once(out, sources, build, options=""):
+    """Call build(folder) unless `out` was made from the same `sources` (files) and `options` (text); return whether it was.
 
     A folder without our mark is somebody else's, and is never touched.
     """
     out = Path(out)
-    mark = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
+    mark = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources) + options.encode()).hexdigest()
     if out.exists() and not (out / MARK).is_file():
         raise SystemExit(f"{out} exists and was not made by this script: name another folder, or remove it")
     if out.exists() and (out / MARK).read_text() == mark:

@@ -1,12 +1,15 @@
 """Lay out the demo's image folder from scikit-learn's handwritten digits: a PNG and a caption of the same stem.
 
     python config/demo/make_images.py out/demo/images
+    python config/demo/make_images.py out/demo_sd3/images --singles
 
 One digit (64x64, "four"), two side by side (128x64, "four two"), two stacked (64x128, "four over two").
 20 of the 100 ordered pairs never appear (scans.is_held_out): they show whether the model learnt to combine.
+With --singles there are no pairs.
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +31,15 @@ def save(folder, stem, picture, caption):
     (folder / f"{stem}.txt").write_text(caption + "\n")
 
 
-def lay_out(folder):
-    """Write every picture and caption into an empty folder; the same files on every machine."""
+def lay_out(folder, singles):
+    """Write every picture and caption into an empty folder, the single digits alone or pairs too; the same on every machine."""
     (train, digits), _ = scans.split_scans()
     pictures = [scans.picture(scan) for scan in train]
     for index, (picture, digit) in enumerate(zip(pictures, digits, strict=True)):
         save(folder, f"one_{index:04d}", picture, scans.caption([digit]))
     draw = np.random.default_rng(0)
     pairs = [(a, b) for a in range(10) for b in range(10) if not scans.is_held_out(a, b)]
-    for shape in ("wide", "tall"):
+    for shape in () if singles else ("wide", "tall"):
         for first, second in pairs:
             for number in range(PICTURES_PER_PAIR):
                 chosen = [pictures[draw.choice(np.flatnonzero(digits == digit))] for digit in (first, second)]
@@ -48,8 +51,10 @@ def main():
     """Make the folder, or say that it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to make")
-    out = parser.parse_args().out
-    made = build_once(out, [__file__, scans.__file__], lay_out)
+    parser.add_argument("--singles", action="store_true", help="single digits alone")
+    args = parser.parse_args()
+    out, options = args.out, "singles" if args.singles else ""
+    made = build_once(out, [__file__, scans.__file__], functools.partial(lay_out, singles=args.singles), options)
     print(f"{out}: {len(list(out.glob('*.png')))} pictures{'' if made else ', as they were'}")
 
 

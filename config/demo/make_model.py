@@ -134,14 +134,14 @@ def write_model(folder):
         save_vocabulary(folder / name)
 
 
-def main():
-    """Make the folder, or say that it is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_folder(docstring, sources, write):
+    """Make the folder that the command line names by write(folder), or say that it is there."""
+    parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to make")
     out = parser.parse_args().out
-    made = build_once(out, [__file__, scans.__file__, *sorted(VAE.iterdir())], write_model)
+    made = build_once(out, [*sources, scans.__file__, *sorted(VAE.iterdir())], write)
     print(f"{out}: {'made' if made else 'as it was'}")
 
 
 if __name__ == "__main__":
-    main()
+    make_folder(__doc__, [__file__], write_model)

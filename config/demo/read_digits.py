@@ -3,10 +3,12 @@
     python config/demo/read_digits.py             how well it reads the other real scans
     python config/demo/read_digits.py FOLDER      how many pictures of a folder show what their caption says
 
+The caption lies beside a picture (.txt), or is the prompt that generate.py wrote into it.
 It shares nothing with the diffusion model but the kind of data: no scan, no weight, no library.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +52,18 @@ def digits_of(caption):
     return [scans.WORDS.index(word) for word in caption.split() if word in scans.WORDS]
 
 
+def caption_of(path):
+    """What a picture is said to show: its text file, or else the prompt in the PNG itself; None if neither is there."""
+    if path.with_suffix(".txt").is_file():
+        return path.with_suffix(".txt").read_text()
+    with Image.open(path) as picture:
+        return json.loads(picture.text["generate"])["prompt"] if "generate" in picture.text else None
+
+
 def main():
     """Report on the scans that the reader does not know, or on a folder of pictures with captions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="pictures (.png) with captions (.txt) to be read")
+    parser.add_argument("folder", type=Path, nargs="?", help="pictures (.png) with captions to be read")
     folder = parser.parse_args().folder
     reader = fit_reader()
     if folder is None:
@@ -61,10 +71,10 @@ def main():
         right = sum(read(reader, scans.picture(scan)) == [digit] for scan, digit in zip(others, digits, strict=True))
         print(f"{right} of {len(digits)} other real scans read right ({right / len(digits):.1%})")
         return
-    pictures = sorted(folder.glob("*.png"))
+    pictures = {path: caption for path in sorted(folder.glob("*.png")) if (caption := caption_of(path))}  # grid.png has none
     wrong = []
-    for path in pictures:
-        said, shown = digits_of(path.with_suffix(".txt").read_text()), read(reader, Image.open(path))
+    for path, caption in pictures.items():
+        said, shown = digits_of(caption), read(reader, Image.open(path))
         if said != shown:
             wrong.append(f"  {path.name}: caption {said}, read {shown}")
     print(f"{len(pictures) - len(wrong)} of {len(pictures)} pictures show their caption", *wrong[:20], sep="\n")

@@ -78,7 +78,7 @@ class Store:
 
     def read(self, key: bytes, field: str) -> torch.Tensor:
         """One tensor, as a view of the file where the platform allows it. Raises KeyError."""
-        at = int(np.searchsorted(self._keys, np.array(key, KEY)))
+        at = int(self._keys.searchsorted(key))
         if at == len(self._keys) or self._keys[at] != key:
             raise KeyError(f"{key.decode()} is not in {self.folder}")
         number = int(self._shard_of[at])

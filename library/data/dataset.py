@@ -196,12 +196,17 @@ def _tally(reasons: dict[int, str]) -> str:
 
 
 def describe_table(table: Table, batches_a_step: int) -> str:
-    """One line: how many images in how many buckets, how much of them is cut off, and how many a step takes."""
+    """One line: how many images in how many buckets, how much of them is cut off, and how many a step takes.
+
+    Buckets of fewer images than a step takes are told of: their steps show some more than once.
+    """
     shown = np.array(table.buckets)[table.bucket_of].prod(axis=1) / table.resized.prod(axis=1)
     small = int((table.resized > table.size).any(axis=1).sum())
-    filled, sets = len(table.bucket_counts()), len(table.sets)
+    counts, sets = [each["images"] for each in table.bucket_counts()], len(table.sets)
+    filled, few = len(counts), sum(count < min(table.batch_sizes) * batches_a_step for count in counts)
     line = f"{len(table)} images in {filled} bucket{'s' if filled > 1 else ''}"
     line += f" of {sets} data sets; " if sets > 1 else "; "
     line += f"cropping removes {1 - shown.mean():.1%} of their area"
     line += f"; {small} are enlarged to fit" if small else ""
+    line += f"; {few} bucket{'s' if few > 1 else ''} with fewer images than a step takes: some come more than once" if few else ""
     return line + f"; {' or '.join(str(size * batches_a_step) for size in sorted(set(table.batch_sizes)))} a step"

@@ -148,14 +148,45 @@ class Loader:
 
     def _batch(self, rows: np.ndarray, visits: np.ndarray, step: int, bucket: int) -> dict[str, torch.Tensor]:
         width, height = self.table.buckets[bucket]
-        shape = (self.latents.channels, height // 8, width // 8)
-        each = [self._sample(int(row), int(visit), step, shape) for row, visit in zip(rows, visits, strict=True)]
-        batch = {name: torch.stack([sample[name] for sample in each]) for name in each[0] if name not in ("prompt", "silent")}
-        if self.prompts.tokenize:
-            batch |= self.prompts.tokenize([sample["prompt"] for sample in each], [sample["silent"] for sample in each])
-        if self.pin:
-            batch = {name: values.pin_memory() for name, values in batch.items()}
-        return batch
+        seen, latents = list(zip(rows.tolist(), visits.tolist(), strict=True)), self.latents
+        numbers, specs = [self._number(*each) for each in seen], [self.table.spec(row) for row, _ in seen]
+        noise, offset, latent_draw, levels = self._draws(seen, (latents.channels, height // 8, width // 8))
+        cuts = [(row, number) for (row, _), number in zip(seen, numbers, strict=True)]
+        mean, std = torch.stack([self._moments(*cut) for cut in cuts]).float().chunk(2, dim=1)
+        batch = {
+            "noise": noise, "noise_offset": offset, "timestep_draw": levels,
+            "time_ids": torch.tensor([self.table.time_ids(*cut) for cut in cuts], dtype=torch.float32),
+            "latents": (mean + std * latent_draw - latents.shift) * latents.scale,
+            "loss_weight": torch.tensor([spec.weight if spec.regularisation else 1.0 for spec in specs], dtype=torch.float32),
+        }
+        if any(each.keeps_prior for each in self.table.sets):
+            batch["keeps_prior"] = torch.tensor([float(spec.keeps_prior) for spec in specs])
+        if self.table.masked:
+            batch["loss_mask"] = torch.stack([self._mask(*cut) for cut in cuts])
+        batch |= self._prompts([self.prompt(row, visit, step) for row, visit in seen], seen)
+        return {name: values.pin_memory() for name, values in batch.items()} if self.pin else batch
+
+    def _draws(self, seen: list[tuple[int, int]], shape: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
+        """Of (row, visit) of B samples: noise and latent draw [B, C, h, w], noise offset [B, C, 1, 1], timestep draw [B]."""
+        sizes = (shape, (shape[0], 1, 1), shape, ())
+        noise, offset, latent_draw, levels = drawn = [np.empty((len(seen), *size), np.float32) for size in sizes]
+        for place, (row, visit) in enumerate(seen):
+            of_noise, of_latent, of_level = (
+                draws.generator(self.seed, row, visit, purpose) for purpose in (draws.NOISE, draws.LATENT, draws.TIMESTEP))
+            of_noise.standard_normal(out=noise[place], dtype=np.float32)
+            of_noise.standard_normal(out=offset[place], dtype=np.float32)
+            of_latent.standard_normal(out=latent_draw[place], dtype=np.float32)
+            levels[place] = of_level.random(dtype=np.float32)
+        return tuple(torch.from_numpy(each) for each in drawn)
+
+    def _prompts(self, prompts: list[str], seen: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """What the batch holds of its prompts: embeddings, token ids, or both."""
+        silent = [self.prompts.silent(prompt, self.seed, *each) for prompt, each in zip(prompts, seen, strict=True)]
+        batch, asked = {}, list(zip(prompts, silent, strict=True))
+        if self.prompts.store:
+            made = {one: self.prompts.embeds(*one) for one in dict.fromkeys(asked)}    # DreamBooth's are all the same
+            batch = {name: torch.stack([made[one][name] for one in asked]) for name in made[asked[0]]}
+        return batch | (self.prompts.tokenize(prompts, silent) if self.prompts.tokenize else {})
 
     def one_by_one(self, most: int):
         """Yield (id of the data set, batch of one image) for this process's share of the first `most` images of each set."""
@@ -169,31 +200,6 @@ class Loader:
         warmup = self.prompts.warmup[number]
         return captions.pick(self.table.texts(row), spec.text, self.seed, row, visit, self.prompts.most[number],
                              epoch=visit // max(1, round(spec.rate)), shown=min(1.0, step / warmup) if warmup else 1.0)
-
-    def _sample(self, row: int, visit: int, step: int, shape: tuple[int, int, int]) -> dict:
-        def normal(purpose):
-            draw = draws.generator(self.seed, row, visit, purpose)
-            return draw, torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
-
-        after_noise, noise = normal(draws.NOISE)
-        _, latent_draw = normal(draws.LATENT)
-        spec, number = self.table.spec(row), self._number(row, visit)
-        mean, std = self._moments(row, number).float().chunk(2)
-        sample = {
-            "noise": noise,
-            "noise_offset": torch.from_numpy(after_noise.standard_normal((shape[0], 1, 1), dtype=np.float32)),
-            "timestep_draw": torch.tensor(draws.generator(self.seed, row, visit, draws.TIMESTEP).random(dtype=np.float32)),
-            "time_ids": torch.tensor(self.table.time_ids(row, number), dtype=torch.float32),
-            "latents": (mean + std * latent_draw - self.latents.shift) * self.latents.scale,
-            "loss_weight": torch.tensor(spec.weight if spec.regularisation else 1.0),
-        }
-        if any(each.keeps_prior for each in self.table.sets):
-            sample["keeps_prior"] = torch.tensor(float(spec.keeps_prior))
-        if self.table.masked:
-            sample["loss_mask"] = self._mask(row, number)
-        prompt = self.prompt(row, visit, step)
-        sample |= {"prompt": prompt, "silent": self.prompts.silent(prompt, self.seed, row, visit)}
-        return sample | (self.prompts.embeds(prompt, sample["silent"]) if self.prompts.store else {})
 
     def _number(self, row: int, visit: int) -> int:
         """Which cut of the image this visit sees."""

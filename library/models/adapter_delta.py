@@ -94,7 +94,7 @@ def shape_of(key: str, own: dict[str, Tensor]) -> tuple[int, ...]:
     if "lora_down.weight" in own:
         down = own["lora_down.weight"]
         return len(own["lora_up.weight"]), down.shape[1], *own.get("lora_mid.weight", down).shape[2:]
-    size = _CONVOLUTIONS.get(key.rpartition(".")[2])
+    size = 2 if key.endswith("pos_embed.proj") else _CONVOLUTIONS.get(key.rpartition(".")[2])    # SD3 has this one
     kernel = (size, size) if size else ()
     if "hada_t1" in own:
         return own["hada_w1_a"].shape[1], own["hada_w1_b"].shape[1], *own["hada_t1"].shape[2:]

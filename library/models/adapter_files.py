@@ -211,10 +211,11 @@ def family_of(config) -> str:
     return SD3 if "joint_attention_dim" in config else SDXL
 
 
-def read(path: str | Path, config=SDXL_UNET) -> Adapter:
-    """Read an adapter in any of the formats; a folder is diffusers'. config: of the UNet or transformer that it is for.
+def read(path: str | Path, config=None) -> Adapter:
+    """Read an adapter in any of the formats; a folder is diffusers'.
 
-    Raises `UserError`: no such file, a damaged one, an adapter of another family, tensors whose place is not known.
+    config: of the UNet or transformer that it is for; None: of SDXL's own or of any SD3, as the adapter tells. Raises
+    `UserError`: no such file, a damaged one, an adapter of another family, tensors whose place is not known.
     """
     path = Path(path) / DIFFUSERS_NAME if Path(path).is_dir() else Path(path)
     if path.suffix != ".safetensors":
@@ -224,10 +225,10 @@ def read(path: str | Path, config=SDXL_UNET) -> Adapter:
             metadata, raw = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read the adapter {path}: {error}") from error
-    family = family_of(config)
-    _refuse_others(path, raw, family)
+    family = family_of(config) if config else _family_told(raw, metadata)
+    _refuse_others(path, raw, family, family if config else f"{SDXL} or {SD3}")
     modules, unknown = collections.defaultdict(dict), []
-    names, parts = (sgm_names(config), PARTS) if family == SDXL else ({}, PARTS_SD3)
+    names, parts = (sgm_names(config or SDXL_UNET), PARTS) if family == SDXL else ({}, PARTS_SD3)
     for name, tensor in raw.items():
         found = split(name, names, parts)
         if found is None or found[1] not in _TENSORS:
@@ -266,12 +267,18 @@ def _refuse_damaged(path: Path, modules: dict[str, dict[str, Tensor]], metadata:
             raise UserError(f"{path} is damaged: of {key}, lora_down is of rank {down} and lora_up of rank {up}")
 
 
-def _refuse_others(path: Path, raw: dict[str, Tensor], wanted: str) -> None:
+def _family_told(raw: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """By the names; by the header where there are text encoders alone, which both families have."""
+    by_name = (family for family in (SD3, SDXL) if any(re.search(_NAMES[family], name) for name in raw))
+    return next(by_name, SD3 if metadata.get("ss_base_model_version", "").startswith("sd3") else SDXL)
+
+
+def _refuse_others(path: Path, raw: dict[str, Tensor], own: str, wanted: str) -> None:
     for family, pattern in _NAMES.items():
-        if family != wanted and (found := next((name for name in raw if re.search(pattern, name)), None)):
+        if family != own and (found := next((name for name in raw if re.search(pattern, name)), None)):
             raise UserError(f"{path} is an adapter of {family}, not of {wanted} (it has {found}): name one that was made for "
                             f"{wanted}")
-    for name, tensor in raw.items() if wanted == SDXL else ():
+    for name, tensor in raw.items() if own == SDXL else ():
         if re.search(r"attn2[._]to_k\.(lora_down|lora_A)", name) and tensor.shape[1] in (768, 1024):
             family = "SD 1.x" if tensor.shape[1] == 768 else "SD 2.x"
             raise UserError(f"{path} is an adapter of {family}, not of SDXL ({name} reads text of width {tensor.shape[1]}, not "

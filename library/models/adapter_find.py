@@ -11,7 +11,7 @@ DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 def find(text: str) -> tuple[Path, float]:
     """"FILE" or "FILE=WEIGHT" -> the file, and its weight (1 where none is given). What is there as written is a name.
 
-    A folder stands for what train_lora_sdxl.py wrote there: diffusers' file, or else the only .safetensors. Raises `UserError`.
+    A folder stands for what a training script wrote there: diffusers' file, or else the only .safetensors. Raises `UserError`.
     """
     name, _, number = text.rpartition("=")
     weight = 1.0

@@ -60,6 +60,8 @@ def settings_of(args, config) -> tuple[Settings, Rates]:
     sd3 = adapter_files.family_of(config) == SD3
     if args.network_module:
         given = args.rank, args.lora_alpha, _pairs(args.network_args), args.lora_dropout or None
+        if getattr(args, "learning_rate_te3", None) and given[2].get("train_t5xxl", "").lower() in ("true", "1"):
+            del given[2]["train_t5xxl"]    # that is what the rate says
         if sd3 and (args.network_module not in ("networks.lora_sd3", "lycoris.kohya") or given[2].keys() & set(RATE_ARGS[:4])):
             raise UserError(f"--network_module {args.network_module} is not for SD3 with these --network_args: there are "
                             "networks.lora_sd3 and lycoris.kohya, without rates of SDXL's blocks (down_lr_weight and so on)")

@@ -4,8 +4,18 @@ import functools
 import types
 
 import torch
+from peft.tuners.lora.layer import LoraVariant
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
+
+
+class ScaledWithin(LoraVariant):
+    """Plain LoRA, scaled between its matrices, at `rank` numbers a token. PEFT scales what comes out, at the full width."""
+
+    @staticmethod
+    def forward(module, active_adapter, x, result, **_):
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        return result + up(down(module.lora_dropout[active_adapter](x)) * module.scaling[active_adapter])
 
 
 def full_weight(layer: nn.Module) -> torch.Tensor:

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from library.errors import UserError
 from library.models.adapter_delta import delta, needs_base, shape_of
-from library.models.adapter_files import PARTS, SETTINGS_KEY, Adapter, float_of, kind_of, rank_of, text_name
+from library.models.adapter_files import SETTINGS_KEY, Adapter, float_of, kind_of, rank_of, text_name
+from library.models.adapter_names import PARTS_SD3
 
 _OF_THE_KIND = ("ss_network_module", "ss_network_args", SETTINGS_KEY)    # of a header: untrue once the kind is another
 
@@ -174,7 +175,7 @@ def combine(weighted: list[tuple[Adapter, float]], rank: int | None = None, ener
         each.turned += not all(is_lora(own) for own, _ in terms)
         modules[key] = factors(update, 1.0, shape, rank, energy, each)
     metadata = {name: value for name, value in weighted[0][0].metadata.items() if name not in _OF_THE_KIND}
-    return Adapter(kind_of(modules), modules, metadata if len(weighted) == 1 else {}), dict(kept)
+    return Adapter(kind_of(modules), modules, metadata if len(weighted) == 1 else {}, family=weighted[0][0].family), dict(kept)
 
 
 def _side_by_side(key: str, terms, device):
@@ -228,12 +229,12 @@ def extract(part: str, network: nn.Module, base, tuned, ranks: dict[str, int], e
 
 
 def describe(adapter: Adapter) -> dict:
-    """What an adapter holds, for JSON: kind, format, dtype, metadata; a network each the modules, ranks, alphas and the norm.
+    """What an adapter holds, for JSON: kind, family, format, dtype, header; a network each the modules, ranks, alphas and norm.
 
     ranks, alphas: value -> number of modules. norm: Frobenius, of all that is added; None where the base is needed to tell.
     """
     networks = {}
-    for part in PARTS:
+    for part in ("unet", *PARTS_SD3):
         if own := {f"{part}.{name}": tensors for name, tensors in adapter.part(part).items()}:
             norms = [norm(key, tensors) for key, tensors in own.items()]
             alphas = collections.Counter(float_of(tensors["alpha"]) for tensors in own.values() if "alpha" in tensors)
@@ -241,5 +242,5 @@ def describe(adapter: Adapter) -> dict:
                               "alphas": dict(alphas), "norm": None if None in norms else sum(each**2 for each in norms)**0.5}
     dtypes = {str(tensor.dtype).removeprefix("torch.") for own in adapter.modules.values() for name, tensor in own.items()
               if name != "alpha"}
-    return {"kind": adapter.kind, "format": adapter.format, "dtype": sorted(dtypes), "networks": networks,
-            "metadata": adapter.metadata}
+    return {"kind": adapter.kind, "family": adapter.family, "format": adapter.format, "dtype": sorted(dtypes),
+            "networks": networks, "metadata": adapter.metadata}

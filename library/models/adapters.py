@@ -9,12 +9,16 @@ import contextlib
 import dataclasses
 import re
 
-import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.training.imports import alone
+
+with alone("peft"):
+    import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
 from library.models import adapter_layers, lycoris
 from library.models.adapter_settings import Rates, Settings, block_of, check, nearest
 
@@ -142,7 +146,8 @@ def add_peft(network: nn.Module, s: Settings, modules: dict[str, tuple[int, floa
     else:
         config = peft.LoKrConfig(alpha=alpha, rank_dropout=s.rank_dropout, module_dropout=s.module_dropout,
                                  decompose_factor=s.factor, **common)
-    network.add_adapter(config, adapter_name=adapter)
+    with alone():    # of the packages that hold weights in few bits, PEFT asks those that are in use
+        network.add_adapter(config, adapter_name=adapter)
     for layer in layers_of(network, adapter).values():
         for name, tensor in layer.named_parameters():
             if adapter in name.split("."):
@@ -151,6 +156,8 @@ def add_peft(network: nn.Module, s: Settings, modules: dict[str, tuple[int, floa
             adapter_layers.measure_magnitude(layer, adapter)
         if s.init in ("pissa", "olora"):
             adapter_layers.start_from_weight(layer, adapter, s.init)
+        elif s.kind == "lora":
+            layer.lora_variant[adapter] = adapter_layers.ScaledWithin()
         if s.kind == "lokr" and adapter in layer.lokr_w1 and adapter in layer.lokr_w2:    # both whole: as LyCORIS has it
             layer.alpha[adapter], layer.scaling[adapter] = float(layer.r[adapter]), 1.0
         if s.kind == "lora" and (s.rank_dropout or s.module_dropout):

@@ -58,6 +58,8 @@ def check(config: dict) -> dict:
     """A copy of the configuration, refused where LyCORIS would pass over a key or cannot train. Raises `UserError`."""
     if unknown := sorted(config.keys() - set(OPTIONS)):
         raise UserError(f"lycoris_config: {unknown[0]} is not known{nearest(unknown[0], OPTIONS)} (known: {', '.join(OPTIONS)})")
+    if config.get("apply_preset") and config.get("preset"):
+        raise UserError("lycoris_config: preset and apply_preset both say which modules get an adapter: leave one out")
     maps = [config.get("apply_preset", {}).get(name, {}) for name in ("module_algo_map", "name_algo_map")]
     for own in [config, *(own for each in maps for own in each.values())]:
         algo = own.get("algo", "lora")

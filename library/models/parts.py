@@ -8,8 +8,9 @@ import torch
 from safetensors import SafetensorError
 
 from library.errors import UserError
-from library.models.locate import fault_of_network, fault_of_tokenizer, find_model
+from library.models.locate import fault_of_network, fault_of_tokenizer, find_model, has_variant
 from library.training import agreement
+from library.training.imports import lean
 
 DTYPES = {"fp32": torch.float32, "float": torch.float32, "no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -44,8 +45,8 @@ class Base:
         return [*networks, *(path for part, path in zip(TOKENIZERS, self.tokenizers, strict=False) if part in parts)]
 
     def variant_of(self, folder: Path) -> str | None:
-        """The variant of the weight files in `folder`: the base model's own have it, others have not."""
-        return self.variant if folder.parent == self.path else None
+        """The variant of the weight files in `folder`: the base model's own have it, but for networks that come in none."""
+        return self.variant if self.variant and folder.parent == self.path and has_variant(folder, self.variant) else None
 
 
 def find_vae(args) -> Path | None:
@@ -54,6 +55,28 @@ def find_vae(args) -> Path | None:
         return None
     return find_model(args.pretrained_vae_model_name_or_path, "--pretrained_vae_model_name_or_path", (), args.revision,
                       args.variant, ("config.json", "diffusion_pytorch_model*", "vae/*"))
+
+
+def find_preview_model(args, channels: int) -> Path | None:
+    """The tiny autoencoder of --validation_preview, if there are images to preview: it is loaded once, to see that it can be.
+
+    channels: of the base model's latents. Raises `UserError`.
+    """
+    if not (args.validation_preview and args.validation_prompt):
+        return None
+    with lean():
+        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    flag, name = "--validation_preview_model", args.validation_preview_model
+    folder = find_model(name, flag, (), loose=("config.json", "diffusion_pytorch_model*"))
+    fault = f"{name} is one file, not a folder" if folder.is_file() else fault_of_network(folder)
+    if not fault and (own := config_of("tiny autoencoder", folder)).get("_class_name") != "AutoencoderTiny":
+        fault = f"{name} is of diffusers' class {own.get('_class_name')}, not AutoencoderTiny"
+    if not fault and own.get("latent_channels", 4) != channels:
+        fault = f"{name} decodes latents of {own.get('latent_channels', 4)} channels, and this model's have {channels}"
+    if fault:
+        raise UserError(f"{flag}: {fault}; name another (for SDXL madebyollin/taesdxl, for SD3 madebyollin/taesd3)")
+    load_network(AutoencoderTiny, "tiny autoencoder", folder, None, None)
+    return folder
 
 
 def find_tokenizers(args, configs: Path, parts: tuple[str, ...]) -> tuple[Path, ...]:
@@ -70,6 +93,12 @@ def find_tokenizers(args, configs: Path, parts: tuple[str, ...]) -> tuple[Path, 
 def check_files(base: Base, parts: tuple[str, ...]) -> Base:
     """Refuse networks and tokenizers that cannot be loaded, as far as headers tell. Raises `UserError` naming all of them."""
     folders = [folder for part in parts if (folder := base.place(part)).is_dir()]
+    own = [folder for folder in folders if base.variant and folder.parent == base.path]
+    if usual := [folder.name for folder in own if not base.variant_of(folder)]:
+        if len(usual) == len(own):
+            raise UserError(f"--variant {base.variant}: no network in {base.path} has weights of that name; leave the flag out")
+        from library.training.accelerator import say
+        say(f"--variant {base.variant}: no such weights in {', '.join(usual)}: the usual ones are read")
     faults = [fault_of_network(folder, base.variant_of(folder)) for folder in folders]
     if faults := [fault for fault in faults + [fault_of_tokenizer(folder) for folder in base.tokenizers] if fault]:
         raise UserError(f"the base model cannot be loaded: {'; '.join(faults)}. Copy it again, or name another")

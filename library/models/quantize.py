@@ -42,8 +42,9 @@ SCHEMES = {
     "nf4-bnb": Scheme("bitsandbytes", "bitsandbytes", "nf4", 4, _ALL),
 }
 PRECISIONS = ("no_change", *SCHEMES)
-# layers by name that stay as they are: norms, embeddings of time, size, places, tokens and text, the last projection
-SKIP = ("*norm*", "*embed*", "*time_emb_proj", "proj_out", "*text_projection")
+# layers by name that stay as they are: embeddings of time, size, places, tokens and text, the last projection and its norm. Other
+# norms have no linear layer but in SD3, whose blocks scale and shift by the noise level: a third of 3.5 Large, and as robust
+SKIP = ("*embed*", "*time_emb_proj", "norm_out", "proj_out", "*text_projection")
 _GROUPS = (128, 64, 32)    # weights that share a scale, in 4 and 2 bits
 _BLOCK = 64    # nf4 weights that share a scale. Where a row is no whole number of them, bitsandbytes 0.50 is wrong on a CPU
 _TRIM = 1 << 28    # bytes of weights after which the memory of the work is given back

@@ -1,5 +1,6 @@
 """SD 3 and 3.5 (Medium, Large): its parts loaded, prompts encoded by two CLIPs and T5, as StableDiffusion3Pipeline has them."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 
 from library.errors import UserError
 from library.models import parts, quantize
-from library.models.locate import find_model
+from library.models.locate import check_kind, find_model
 from library.models.parts import DTYPES, PIECE, TOKENIZERS, Base, config_of, enable_gradient_checkpointing  # noqa: F401
 from library.training.imports import lean
 
@@ -27,6 +28,7 @@ def find_base(args) -> Base:
     """
     name, wanted = args.pretrained_model_name_or_path, [part for part in PARTS if not (args.no_t5 and part.endswith("_3"))]
     if (Path(name) / "transformer").is_dir() and not args.no_t5 and not (Path(name) / "text_encoder_3").is_dir():
+        check_kind(Path(name), name, "--pretrained_model_name_or_path", PARTS)
         raise UserError(f"--pretrained_model_name_or_path: {name} has no text_encoder_3, which is T5; do without it by --no_t5")
     path = find_model(name, "--pretrained_model_name_or_path", tuple(wanted), args.revision, args.variant)
     configs, apart = path, ()
@@ -37,10 +39,35 @@ def find_base(args) -> Base:
         configs = find_model(args.single_file_config, "--single_file_config", tuple(part for part in wanted if part not in held),
                              loose=tuple(f"{part}/config.json" for part in held))
     vae, tokenizers = parts.find_vae(args), parts.find_tokenizers(args, configs, tuple(p for p in TOKENIZERS if p in wanted))
+    parts.find_preview_model(args, channels=16)
     base = Base(path, configs, vae, tokenizers, args.variant, apart)
     parts.check_files(base, tuple(part for part in PARTS[:5] if part in wanted))
     _check_widths(base, args.no_t5)
     return base
+
+
+def find_whole(name: str, flag: str, config: str | None, no_t5: bool = False, more: tuple[str, ...] = (),
+               held_alone: bool = False) -> tuple[Base, tuple[str, ...]]:
+    """A model to draw with or to change -> where its parts are, and the networks that there are. Raises `UserError`.
+
+    T5 is left out by no_t5, and where model_index.json has none. Of one file, the rest comes from `config`, a folder or hub id
+    (None: Stability's), or, with held_alone, only configs do. more: parts beside the usual ones.
+    """
+    path = find_model(name, flag, ())    # of a hub id, model_index.json alone
+    index = json.loads((path / "model_index.json").read_text()) if (path / "model_index.json").is_file() else {}
+    no_t5 = no_t5 or not (index.get("text_encoder_3") or [True])[0]
+    wanted = tuple(part for part in PARTS if not (no_t5 and part.endswith("_3")))
+    path = find_model(name, flag, wanted + more)
+    configs, held, apart = path, wanted, ()
+    if path.is_file():
+        from library.models import sd3_file
+        held = sd3_file.parts_in(path)
+        apart = tuple(part for part in wanted if part not in held and not held_alone)
+        configs = find_model(config or sd3_file.usual_configs(path), "--config", apart,
+                             loose=tuple(f"{part}/config.json" for part in held))
+    tokenizers = tuple(configs / part for part in TOKENIZERS if part in wanted)
+    networks = tuple(part for part in PARTS[:5] if part in wanted and part in (*held, *apart))
+    return Base(path, configs, None, tokenizers, None, apart), networks
 
 
 def _check_widths(base: Base, no_t5: bool) -> None:
@@ -191,8 +218,8 @@ def assemble(fields: dict[str, torch.Tensor], *, t5_length: int, no_t5_width: in
     "prompt_embeds" [.., 75 n + 2 + t5_length, 4096]: the CLIPs' side by side with zeros to the right, then T5's, zeros without
     one. "pooled_prompt_embeds" [.., 768 + 1280].
     """
-    if "t5" in fields:
-        fields = fields | {"t5": F.pad(fields["t5"], (0, 0, 0, t5_length - fields["t5"].shape[-2]))}
+    if "t5" in fields and (lacking := t5_length - fields["t5"].shape[-2]):
+        fields = fields | {"t5": F.pad(fields["t5"], (0, 0, 0, lacking))}
     if "clip_l" not in fields or "clip_g" not in fields or not ("t5" in fields or no_t5_width):
         return fields    # the rest comes with the step
     clip = torch.cat([fields["clip_l"], fields["clip_g"]], dim=-1)

@@ -8,22 +8,9 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.adapter_names import PARTS_SD3, to_lycoris
 from library.models.adapter_settings import RATE_ARGS, Rates, Settings, float_of, nearest
+from library.models.sd3_file import BLOCK, OUTSIDE
 
-# Stability's layers in a block -> diffusers'. diffusers has q, k and v apart
-_BLOCK = {
-    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "x_block.attn.proj": ("attn.to_out.0",),
-    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"), "x_block.attn2.proj": ("attn2.to_out.0",),
-    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "context_block.attn.proj": ("attn.to_add_out",),
-    "x_block.mlp.fc1": ("ff.net.0.proj",), "x_block.mlp.fc2": ("ff.net.2",), "x_block.adaLN_modulation.1": ("norm1.linear",),
-    "context_block.mlp.fc1": ("ff_context.net.0.proj",), "context_block.mlp.fc2": ("ff_context.net.2",),
-    "context_block.adaLN_modulation.1": ("norm1_context.linear",)}
-_OUTSIDE = {
-    "x_embedder.proj": "pos_embed.proj", "context_embedder": "context_embedder", "final_layer.linear": "proj_out",
-    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1", "final_layer.adaLN_modulation.1": "norm_out.linear",
-    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1", "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2"}
-_PLACES = {ours: (theirs, place) for theirs, names in _BLOCK.items() for place, ours in enumerate(names)}
+_PLACES = {ours: (theirs, place) for theirs, names in BLOCK.items() for place, ours in enumerate(names)}
 _BY_ROW = ("lora_up.weight", "dora_scale", "hada_w1_a", "hada_w2_a", "diff", "diff_b")    # one row an output of the layer
 _SHARED = ("lora_down.weight", "alpha", "hada_w1_b", "hada_w2_b")
 # networks.lora_sd3's ranks of kinds of layers
@@ -54,9 +41,9 @@ def to_kohya(modules: dict[str, dict[str, Tensor]], fused: bool) -> dict[str, di
             theirs, place = _PLACES[block[2]]
             together.setdefault(f"joint_blocks.{block[1]}.{theirs}", {})[place] = own
         else:
-            together[next(theirs for theirs, ours in _OUTSIDE.items() if ours == module)] = {0: own}
+            together[next(theirs for theirs, ours in OUTSIDE.items() if ours == [module])] = {0: own}
     for module, places in together.items():
-        fits = _BLOCK.get(module.split(".", 2)[-1], ("",))
+        fits = BLOCK.get(module.split(".", 2)[-1], ("",))
         own = places[0] if len(fits) == 1 else _fused(module, [places.get(place) for place in range(len(fits))])
         named[PARTS_SD3["transformer"] + module.replace(".", "_")] = _turned(module, own)
     return named
@@ -72,12 +59,12 @@ def to_diffusers(modules: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, T
     for key, own in modules.items():
         part, _, module = key.partition(".")
         block = re.fullmatch(r"joint_blocks\.(\d+)\.(.+)", module)
-        if part != "transformer" or not (block or module in _OUTSIDE):
+        if part != "transformer" or not (block or module in OUTSIDE):
             named[key] = own
-        elif block and block[2] not in _BLOCK:
-            raise UserError(f"the adapter is for a layer that SD3 does not have: {module}{nearest(block[2], _BLOCK)}")
+        elif block and block[2] not in BLOCK:
+            raise UserError(f"the adapter is for a layer that SD3 does not have: {module}{nearest(block[2], BLOCK)}")
         else:
-            names = [f"transformer_blocks.{block[1]}.{name}" for name in _BLOCK[block[2]]] if block else [_OUTSIDE[module]]
+            names = [f"transformer_blocks.{block[1]}.{name}" for name in BLOCK[block[2]]] if block else OUTSIDE[module]
             own = _turned(module, own)
             each = [own] if len(names) == 1 else _divided(module, own)
             named |= {f"{part}.{name}": its for name, its in zip(names, each, strict=True) if its}

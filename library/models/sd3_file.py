@@ -6,6 +6,8 @@ diffusers converts transformer and VAE as they are read; it has nothing that wri
 import contextlib
 import datetime
 import logging
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,13 +26,13 @@ def _table(text: str) -> dict[str, list[str]]:
 
 
 # a module of Stability's transformer = diffusers' modules that it is made of, outside of the blocks and in each of them
-_OUTSIDE = _table("""
+OUTSIDE = _table("""
     pos_embed=pos_embed.pos_embed  x_embedder.proj=pos_embed.proj  context_embedder=context_embedder
     t_embedder.mlp.0=time_text_embed.timestep_embedder.linear_1  t_embedder.mlp.2=time_text_embed.timestep_embedder.linear_2
     y_embedder.mlp.0=time_text_embed.text_embedder.linear_1  y_embedder.mlp.2=time_text_embed.text_embedder.linear_2
     final_layer.adaLN_modulation.1=norm_out.linear  final_layer.linear=proj_out
 """)
-_BLOCK = _table("""
+BLOCK = _table("""
     x_block.adaLN_modulation.1=norm1.linear  context_block.adaLN_modulation.1=norm1_context.linear
     x_block.attn.qkv=attn.to_q+attn.to_k+attn.to_v  context_block.attn.qkv=attn.add_q_proj+attn.add_k_proj+attn.add_v_proj
     x_block.attn.ln_q=attn.norm_q  x_block.attn.ln_k=attn.norm_k
@@ -41,6 +43,7 @@ _BLOCK = _table("""
     x_block.mlp.fc1=ff.net.0.proj  x_block.mlp.fc2=ff.net.2
     context_block.mlp.fc1=ff_context.net.0.proj  context_block.mlp.fc2=ff_context.net.2
 """)
+_PLACES = {ours: (theirs, place, len(names)) for theirs, names in (OUTSIDE | BLOCK).items() for place, ours in enumerate(names)}
 _POOLED = "time_text_embed.text_embedder.linear_1.weight"    # of diffusers: reads the pooled embeddings of both CLIPs
 _PROJECTION = "text_projection.weight"
 
@@ -125,20 +128,36 @@ def to_original(states: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.T
 def _transformer(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     left, renamed = dict(state), {}
     last = max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
-    blocks = [(f"joint_blocks.{number}.", f"transformer_blocks.{number}.", _BLOCK) for number in range(last + 1)]
-    for theirs, ours, table in [("", "", _OUTSIDE), *blocks]:
+    blocks = [(f"joint_blocks.{number}.", f"transformer_blocks.{number}.", BLOCK) for number in range(last + 1)]
+    for theirs, ours, table in [("", "", OUTSIDE), *blocks]:
         for module, sources in table.items():
             for kind in (".weight", ".bias", ""):
                 if f"{ours}{sources[0]}{kind}" in left:
                     pieces = [left.pop(f"{ours}{source}{kind}") for source in sources]
-                    if module.endswith("adaLN_modulation.1") and theirs + module in (
-                            "final_layer.adaLN_modulation.1", f"joint_blocks.{last}.context_block.adaLN_modulation.1"):
+                    if _is_turned(theirs + module, last):
                         pieces = pieces[0].chunk(2)[::-1]
                     renamed[f"{PREFIXES['transformer']}{theirs}{module}{kind}"] = torch.cat(list(pieces)) if len(pieces) > 1 \
                         else pieces[0]
     if left:
         raise ValueError(f"Stability's layout of SD3 has no place for {next(iter(left))}")
     return renamed
+
+
+def _is_turned(module: str, last: int) -> bool:
+    """Whether Stability has shift, then scale, where diffusers has scale, then shift. last: the number of the last block."""
+    return module in ("final_layer.adaLN_modulation.1", f"joint_blocks.{last}.context_block.adaLN_modulation.1")
+
+
+def place_of(part: str, name: str, blocks: int) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Where a tensor of a transformer (of so many blocks) or text encoder lies -> its name in a file, and what it is of that."""
+    block, ours, kind = re.fullmatch(r"(?:transformer_blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", name).groups()
+    if part != "transformer" or ours not in _PLACES:
+        return PREFIXES[part] + name, torch.Tensor.detach
+    module, place, count = _PLACES[ours]
+    module = f"joint_blocks.{block}.{module}" if block else module
+    turned = _is_turned(module, blocks - 1)
+    return (f"{PREFIXES[part]}{module}{kind or ''}",
+            lambda tensor: torch.cat(tensor.chunk(2)[::-1]) if turned else tensor.chunk(count)[place])
 
 
 def projects(state: dict[str, torch.Tensor]) -> bool:
@@ -165,12 +184,8 @@ def save(path: Path, states: dict[str, dict[str, torch.Tensor]], dtype: torch.dt
     """
     tensors = {}
     for name, tensor in to_original(states).items():
-        source = tensor.detach().to("cpu")
-        rounded = source.to(dtype) if dtype and source.is_floating_point() else source
-        if not rounded.isfinite().all() and source.isfinite().all():
-            raise UserError(f"{name} reaches {source.abs().max():.3g}, too large for {dtype}: save as bf16")
         tied = name.endswith("embed_tokens.weight")    # T5's, which a file must hold twice: diffusers reads either alone
-        tensors[name] = rounded.clone() if tied else rounded.contiguous()
+        tensors[name] = single_file.for_file(name, tensor.clone() if tied else tensor, dtype)
     blocks = {name.split(".")[3] for name in tensors if name.startswith(f"{PREFIXES['transformer']}joint_blocks.")}
     kind = "3.5-large" if len(blocks) == 38 else "3.5-medium" if any(".attn2." in name for name in tensors) else "3-medium"
     single_file.write(path, tensors, {    # https://github.com/Stability-AI/ModelSpec

@@ -48,16 +48,20 @@ def save_model(target: Path, args, base: Base, trained: dict, average) -> list[P
 
 def _save_files(target: Path, args, base: Base, states: dict, dtype) -> list[Path]:
     frozen = [part for part in sd3.PARTS[:5] if _index(base)[part][0] and part not in states]
-    whole = {part: sd3.load_part(base, part, dtype).state_dict() for part in frozen} | states
-    if sd3_file.projects(whole["text_encoder"]):
-        say("one file has no place for a projection of CLIP ViT-L: it is written as part of the transformer's layer behind it")
-    written = []
+    whole, written = {part: sd3.load_part(base, part, dtype).state_dict() for part in frozen} | states, []
     for part, suffix in (("transformer", ""), ("transformer_raw", "-raw")):
         if part in states:
             written.append(target.with_name(f"{target.name}{suffix}.{args.save_model_as}"))
             own = {name: state for name, state in whole.items() if not name.startswith("transformer")}
-            sd3_file.save(written[-1], own | {"transformer": whole[part]}, dtype, args.resolution)
+            save_file(written[-1], own | {"transformer": whole[part]}, dtype, args.resolution)
     return written
+
+
+def save_file(path: Path, states: dict, dtype, resolution: tuple[int, int]) -> None:
+    """`sd3_file.save`, which says what it moves."""
+    if sd3_file.projects(states.get("text_encoder", {})):
+        say("one file has no place for a projection of CLIP ViT-L: it is written as part of the transformer's layer behind it")
+    sd3_file.save(path, states, dtype, resolution)
 
 
 def make_pipeline(base: Base, transformer, vae):

@@ -23,6 +23,7 @@ def find_base(args) -> Base:
     if path.is_file():
         configs = find_model(args.single_file_config, "--single_file_config", PARTS[4:], loose=("*/config.json",))
     vae, tokenizers = parts.find_vae(args), parts.find_tokenizers(args, configs, PARTS[4:6])
+    parts.find_preview_model(args, channels=4)
     return parts.check_files(Base(path, configs, vae, tokenizers, args.variant), PARTS[:4])
 
 

@@ -161,8 +161,7 @@ def save_single_file(
     states: dict[str, dict[str, Tensor]],
     unet_config: dict,
     dtype: torch.dtype | None = None,
-    prediction_type: str = "epsilon", zero_terminal_snr: bool = False,
-    resolution: tuple[int, int] = (1024, 1024),
+    prediction_type: str = "epsilon", zero_terminal_snr: bool = False, resolution: tuple[int, int] = (1024, 1024),
     metadata: dict[str, object] | None = None,
 ) -> None:
     """Write the four parts of SDXL as one `.safetensors` or `.ckpt` file, whole or not at all.
@@ -179,7 +178,7 @@ def save_single_file(
     if prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"{path}: other programs know SDXL with epsilon or v_prediction, not {prediction_type!r}.")
     whole = to_sgm({part: states[part] for part in PARTS}, unet_config)
-    tensors = {name: _for_file(name, tensor, dtype) for name, tensor in whole.items()}
+    tensors = {name: for_file(name, tensor, dtype) for name, tensor in whole.items()}
     # ComfyUI and forge know v-prediction by tensors of these names, not by the header; ComfyUI writes them empty too.
     if prediction_type == "v_prediction":
         tensors["v_pred"] = torch.tensor([])
@@ -198,12 +197,13 @@ def save_single_file(
     write(path, tensors, header | {key: str(value) for key, value in (metadata or {}).items()})
 
 
-def _for_file(name, tensor, dtype):
+def for_file(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor as a file holds it: on the CPU, contiguous, alone in its storage, in `dtype`. UserError: too large for that."""
     source = tensor.detach().to("cpu")
     if dtype is not None and source.is_floating_point():
         rounded = source.to(dtype)
         if not rounded.isfinite().all() and source.isfinite().all():
-            raise UserError(f"{name} reaches {source.abs().max():.3g}, too large for {dtype}: save as bfloat16.")
+            raise UserError(f"{name} reaches {source.abs().max():.3g}, too large for {dtype}: save as bf16")
         source = rounded
     source = source.contiguous()  # channels_last weights are not; safetensors asks for it
     # A view would take its whole storage into a .ckpt (weights sharded by FSDP are views of one flat tensor).

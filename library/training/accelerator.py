@@ -85,10 +85,10 @@ def choose_seed(given: int | None) -> int:
     return seed[0]
 
 
-def seed_dropout(seed: int, step: int) -> None:
+def seed_dropout(seed: int, step: int, device: str) -> None:
     """Fix what dropout draws in this optimizer step: a function of (seed, step, process), so that a restart draws it again."""
     words = np.random.SeedSequence([seed, step, processes.rank()]).generate_state(1, np.uint64)
-    torch.manual_seed(int(words[0]) >> 1)    # of every device
+    devices.manual_seed(int(words[0]) >> 1, device)
 
 
 def public(args) -> dict:

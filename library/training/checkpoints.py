@@ -38,6 +38,7 @@ _HARMLESS = {"output_dir", "output_name", "resume_from_checkpoint", "checkpointi
              "validation_num_inference_steps", "gradient_accumulation_steps", "train_batch_size", "vae_cache_ondemand",
              "cache_only", "eval_steps_interval", "num_eval_images", "eval_timesteps", "validation_guidance_skip_layers",
              "validation_guidance_skip_layers_start", "validation_guidance_skip_layers_stop", "validation_guidance_skip_scale",
+             "validation_preview", "validation_preview_steps", "validation_preview_model", "webhook_config",
              "layer_statistics", "global_batch_size", "rank_timeout"}
 # Flags without whose old value the optimizer's state has no meaning.
 _DECISIVE = ("optimizer", "use_8bit_adam", "train_text_encoder", "use_ema", "lr_scheduler", "lora_type", "rank", "use_dora",

@@ -194,6 +194,13 @@ def fused_adamw(device: str) -> bool:
     return device in ("cuda", "cpu", "mps", "xpu")
 
 
+def manual_seed(seed: int, device: str) -> None:
+    """Seed the CPU's generator and the device's. `torch.manual_seed` asks all kinds of devices: 2 ms where there are none."""
+    torch.default_generator.manual_seed(seed)
+    if device != "cpu":
+        getattr(torch, device).manual_seed(seed)
+
+
 def pins_memory(device: str) -> bool:
     """Whether batches come to the device faster from main memory that stays in its place."""
     return device in ("cuda", "npu", "xpu")

@@ -1,10 +1,11 @@
-"""Importing diffusers' models without the packages they would pull in.
+"""Importing diffusers' models, and PEFT, without the packages they would pull in.
 
 `from diffusers import UNet2DConditionModel` imports bitsandbytes, peft and scipy where installed, and every
 transformer that diffusers has: 4 of 9 CPU-seconds before the first step, and 110 MB. Nothing of that is used here.
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import sys
 import types
@@ -20,11 +21,23 @@ def lean():
     if "diffusers" in sys.modules and not _deferred:    # it has looked already: it imports what it found
         yield
         return
-    hidden = [name for name in _UNUSED if name not in sys.modules]
+    whole = importlib.metadata.packages_distributions
+    with alone():
+        _defer("diffusers", "models/transformers")
+        importlib.metadata.packages_distributions = dict    # it reads what all packages say of themselves: 1.5 s
+        try:
+            yield
+        finally:
+            importlib.metadata.packages_distributions = whole
+
+
+@contextlib.contextmanager
+def alone(*wanted: str):
+    """Within this context, optional packages look absent, but for the wanted and for what is imported already."""
+    hidden = [name for name in _UNUSED if name not in sys.modules and name not in wanted]
     sys.modules.update(dict.fromkeys(hidden))    # None: `import` raises, `find_spec` finds nothing
     _ask_again()
     try:
-        _defer("diffusers", "models/transformers")
         yield
     finally:
         for name in hidden:
@@ -33,11 +46,12 @@ def lean():
 
 
 def _ask_again() -> None:
-    """transformers remembers which packages there are; what is hidden changes that."""
-    answers = sys.modules.get("transformers.utils.import_utils")
-    for answer in vars(answers).values() if answers else ():
-        if hasattr(answer, "cache_clear"):
-            answer.cache_clear()
+    """transformers and PEFT remember which packages there are; what is hidden changes that."""
+    for name in ("transformers.utils.import_utils", "peft.import_utils"):
+        answers = sys.modules.get(name)
+        for answer in vars(answers).values() if answers else ():
+            if hasattr(answer, "cache_clear"):
+                answer.cache_clear()
 
 
 class _Deferred(types.ModuleType):

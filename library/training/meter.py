@@ -23,6 +23,7 @@ class Meter:
         # of a line of the log that was begun before a restart
         self._losses, self._norms = ([torch.tensor(value, device=device) for value in state.unlogged.get(name, [])]
                                      for name in ("losses", "norms"))
+        self._before = len(self._losses)    # those of optimizer steps that are done
         self._images, self._waited, self._seconds_before = 0, 0.0, _forget_after(self.path, state.step)
         self._step = state.step
         self.counts: dict[str, int] = {}    # of what others count since the run began; each line of the log has them
@@ -47,9 +48,15 @@ class Meter:
             watch.now(f"step {self._step + 1}")
             yield batch
 
-    def add(self, loss: torch.Tensor, images: int) -> None:
-        """The loss of a micro step, which stays on the device, and how many images this process showed in it."""
+    def add(self, loss: torch.Tensor, images: int, refused: bool = False) -> None:
+        """The loss of a micro step, which stays on the device, and how many images this process showed in it.
+
+        refused: its gradient, and that of the micro steps before it in this optimizer step, is not applied. Their losses
+        are no part of the mean.
+        """
         self._losses.append(loss.detach())
+        if refused:
+            del self._losses[self._before:]
         self._images += images
         if self._layers:
             self._layers.add(loss)
@@ -62,7 +69,7 @@ class Meter:
     def step(self, step: int, epoch: float, lr: float) -> dict[str, float] | None:
         """After optimizer step number `step` (from 1). Every `every` steps: what was logged."""
         self._bar.update()
-        self._step = step
+        self._step, self._before = step, len(self._losses)
         if self._layers:
             self._layers.end_step(step)
         if step % self.every and step != self._bar.total:
@@ -70,23 +77,25 @@ class Meter:
         return self._log(step, epoch, lr)
 
     def _log(self, step: int, epoch: float, lr: float) -> dict[str, float]:
-        losses = torch.stack(self._losses).float().mean()
+        loss = torch.stack(self._losses).float().mean() if self._losses else None
         norm = torch.stack(self._norms).float().mean().item() if self._norms else None
-        losses = sum(processes.gather([losses.item()])) / processes.world()    # the one wait for the device
+        if loss is not None:    # on no process, or on all: they share the gradient
+            loss = sum(processes.gather([loss.item()])) / processes.world()    # the one wait for the device
         now = time.perf_counter()
         passed = now - self._since
         values = {
-            "step": step, "loss": losses, "lr": lr, "grad_norm": norm, "epoch": round(epoch, 4),
+            "step": step, "loss": loss, "lr": lr, "grad_norm": norm, "epoch": round(epoch, 4),
             "images_per_s": self._images * processes.world() / passed, "wait": self._waited / passed,
             "memory_gb": devices.peak_memory(self.device), "seconds": self._seconds_before + now - self._begin,
             **self.counts,
         }
-        self._losses, self._norms, self._waited, self._since, self._images = [], [], 0.0, now, 0
+        self._losses, self._norms, self._before, self._waited, self._since, self._images = [], [], 0, 0.0, now, 0
         if processes.is_main():
             with self.path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
             self.trackers.numbers(step, {name: value for name, value in values.items() if name != "step" and value is not None})
-            self._bar.set_postfix_str(f"loss {losses:.4f}, lr {lr:.1e}, {values['images_per_s']:.1f} images/s, "
+            shown = "none" if loss is None else f"{loss:.4f}"
+            self._bar.set_postfix_str(f"loss {shown}, lr {lr:.1e}, {values['images_per_s']:.1f} images/s, "
                                       f"wait {values['wait']:.0%}, {values['memory_gb']:.1f} GB", refresh=False)
         return values
 

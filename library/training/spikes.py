@@ -55,7 +55,8 @@ class SpikeGuard:
             self.scaler.update()    # what it does after a step
         self.counts["spikes"] += 1
         usual = f", {norm / median:.1f} times the median of the last {seen}" if finite else ""
-        self.told = f"step {step}: the gradient's norm is {norm:.3g}{usual}; it is not applied (spike {self.counts['spikes']})"
+        self.told = (f"step {step}: the gradient's norm is {norm:.3g}{usual}; it is not applied, nor is its loss in the mean "
+                     f"(spike {self.counts['spikes']})")
         say(self.told)
         if processes.is_main():
             _write(self.path, step, {"step": step, "grad_norm": norm if finite else str(norm), "median": median})

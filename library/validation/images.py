@@ -12,30 +12,48 @@ from tqdm import tqdm
 
 from library.diffusion.latents import latent_scale
 from library.training import sharding
+from library.validation import previews
 
 
 def draw(pipeline, prompts: list, negative, sizes: list[tuple[int, int]], *, count: int, steps: int,
-         guidance: float, seed: int, autocast, device, **options) -> dict[str, tuple[str, Image.Image]]:
+         guidance: float, seed: int, autocast, device, preview: previews.Previews | None = None,
+         **options) -> dict[str, tuple[str, Image.Image]]:
     """Draw `count` images of each prompt in each (width, height) -> {file name: (prompt, image)}.
 
-    prompts, negative: with text, hidden [1, L, D] and pooled [1, P]. options: more of the pipeline's.
+    prompts, negative: with text, hidden [1, L, D] and pooled [1, P]. preview: is shown the first image of each on the way.
+    options: more of the pipeline's.
     The denoising runs in `autocast`, the VAE outside of it: SDXL's own overflows in half precision and draws black.
     """
     pipeline.set_progress_bar_config(disable=True)
     drawn = {}
     for number, prompt in enumerate(prompts):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.text.lower()).strip("-")[:40] or "empty"
         for width, height in sizes:
+            name = f"{number:02d}-{slug}-{width}x{height}"
+            watched = {"callback_on_step_end": _watcher(preview, f"{name}-0", prompt.text)} if preview else {}
             generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
+            # each image brings its own embeddings: num_images_per_prompt repeats none of those that SD3's pipeline is given
+            embeds = {"prompt_embeds": prompt.hidden, "pooled_prompt_embeds": prompt.pooled,
+                      "negative_prompt_embeds": negative.hidden, "negative_pooled_prompt_embeds": negative.pooled}
+            embeds = {part: values.to(device).repeat_interleave(count, dim=0) for part, values in embeds.items()}
             with torch.no_grad(), autocast():
-                latents = pipeline(
-                    prompt_embeds=prompt.hidden.to(device), pooled_prompt_embeds=prompt.pooled.to(device),
-                    negative_prompt_embeds=negative.hidden.to(device), negative_pooled_prompt_embeds=negative.pooled.to(device),
-                    width=width, height=height, num_images_per_prompt=count, num_inference_steps=steps, guidance_scale=guidance,
-                    generator=generators, output_type="latent", **options).images
-            slug = re.sub(r"[^a-z0-9]+", "-", prompt.text.lower()).strip("-")[:40] or "empty"
+                latents = pipeline(**embeds, width=width, height=height, num_inference_steps=steps, guidance_scale=guidance,
+                                   generator=generators, output_type="latent", **watched, **options).images
             for index, pixels in enumerate(decode(pipeline.vae, latents)):
-                drawn[f"{number:02d}-{slug}-{width}x{height}-{index}.png"] = (prompt.text, pixels)
+                drawn[f"{name}-{index}.png"] = (prompt.text, pixels)
     return drawn
+
+
+def _watcher(preview: previews.Previews, name: str, prompt: str):
+    """What the pipeline is to call after each denoising step; it changes nothing of what is drawn."""
+    def after_step(pipeline, index, timestep, tensors) -> dict:
+        done, latents = index + 1, tensors["latents"][:1]
+        if done % preview.every == 0:
+            with torch.autocast(latents.device.type, enabled=False):
+                image, = decode(preview.decoder, latents)
+            preview.keep(image, name, prompt, done, pipeline.num_timesteps, float(timestep))
+        return {}
+    return after_step
 
 
 @torch.no_grad()
@@ -89,15 +107,17 @@ def run(args, seed: int, pipeline, shown: tuple, network, average, step: int, ou
     if not main and not sharding.is_spread(network):
         return
     network.eval()
-    with average.applied(network) if average else contextlib.nullcontext(), sharding.callable_alone(network):
+    folder = output_dir / "validation" / f"step-{step:06d}"
+    with (average.applied(network) if average else contextlib.nullcontext(), sharding.callable_alone(network),
+          previews.opened(args, step, folder, accelerator.device) if main else contextlib.nullcontext() as preview):
         drawn = draw(pipeline, *shown, args.validation_resolution or [args.resolution], count=args.num_validation_images,
                      steps=args.validation_num_inference_steps, guidance=args.validation_guidance,
                      seed=seed if args.validation_seed is None else args.validation_seed,
-                     autocast=accelerator.autocast, device=accelerator.device, **options) if main else {}
+                     autocast=accelerator.autocast, device=accelerator.device, preview=preview, **options) if main else {}
     network.train()
     if not main:
         return
-    save(drawn, output_dir / "validation" / f"step-{step:06d}")
+    save(drawn, folder)
     trackers.images(step, {name: image for name, (_, image) in drawn.items() if image})
     for fault in faults(drawn):
         tqdm.write(f"validation at step {step}: {fault}")

@@ -60,7 +60,7 @@ PAGE = """<!DOCTYPE html>
 
 
 def read_metrics(path: str | Path) -> dict[str, np.ndarray]:
-    """The columns of metrics.jsonl in the order of their steps; a value that was not logged is NaN.
+    """The columns of metrics.jsonl in the order of their steps; a value that was not logged is NaN, and "no_loss" says where.
 
     A step run again after a restart counts as run last. A last line cut off (kill -9) is ignored, no other line is.
     """
@@ -83,7 +83,8 @@ def read_metrics(path: str | Path) -> dict[str, np.ndarray]:
                 raise UserError(f'{path}, line {number}: "{name}" is {row[name]!r}, expected a number or null')
         rows[row["step"]] = row
     types = {"step": np.int64}  # the others are floats, for which NumPy reads None as NaN
-    return {n: np.array([rows[step].get(n) for step in sorted(rows)], types.get(n, np.float64)) for n in METRICS}
+    columns = {n: np.array([rows[step].get(n) for step in sorted(rows)], types.get(n, np.float64)) for n in METRICS}
+    return columns | {"no_loss": np.array([rows[step].get("loss") is None for step in sorted(rows)], bool)}
 
 
 def choose_steps(steps: list[int], limit: int = 12) -> list[int]:
@@ -145,7 +146,8 @@ def _headline(metrics: dict[str, np.ndarray]) -> str:
     count = len(metrics["step"])
     if not count:
         return "<p>No step was logged.</p>"
-    last = metrics["loss"][-((count + 19) // 20) :]
+    logged = metrics["loss"][~metrics["no_loss"]]  # of steps that were all refused, none is
+    last = logged[-((count + 19) // 20) :]
     # A logging step took (its optimizer steps) / (images/s), up to a constant. Weighted so, the means are those of
     # the whole run: a stretch that spent long waiting counts as long as it took.
     steps = np.maximum(np.diff(metrics["step"], prepend=0), 1)
@@ -158,7 +160,7 @@ def _headline(metrics: dict[str, np.ndarray]) -> str:
     wall = timedelta(seconds=round(np.append(seconds[:-1][np.diff(seconds) < 0], seconds[-1:]).sum()))
     cards = (
         ("Steps", f"{metrics['step'][-1]:,}", _number(metrics["epoch"][-1], ",.2f", " epochs")),
-        ("Final loss", f"{last.mean():.4g}", f"mean of the last 5% ({len(last):,} logged)"),
+        ("Final loss", f"{last.mean():.4g}" if len(last) else "–", f"mean of the last 5% ({len(last):,} logged)"),
         ("Images per second", _number(rate, ",.0f" if rate >= 100 else ".3g"), "mean of the run"),
         ("Waiting for data", _number(wait, ".1%"), "share of the time"),
         ("Peak memory", _number(np.fmax.reduce(metrics["memory_gb"]), ".1f", " GB"), "highest of all logged steps"),
@@ -230,7 +232,7 @@ def _charts(metrics: dict[str, np.ndarray]) -> str:
         # The loss is drawn twice, for wide and for narrow pages: shrunk to a phone, a wide chart is illegible.
         sizes = {"wide": (11, 3.4), "narrow": (5, 3)} if name == "loss" else {"any": (5.5, 2.6)}
         drawn = "".join(_svg(metrics, name, kind, size, label) for kind, size in sizes.items())
-        bad = metrics["step"][~finite]
+        bad = metrics["step"][~finite & ~metrics["no_loss"]]
         if name == "loss" and len(bad):
             drawn += f'<p class="warning">{len(bad):,} logged losses are not finite, the first at step {bad[0]:,}.</p>'
         parts.append(f'<figure class="card" id="chart-{name}"><h3>{title}</h3>{drawn}</figure>')

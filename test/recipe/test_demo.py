@@ -9,12 +9,13 @@ import os
 import subprocess
 from pathlib import Path
 
+import make_model_sd3
 import numpy as np
 import pytest
 import read_digits
 import scans
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -24,16 +25,21 @@ import train_lora_sdxl
 ROOT = Path(__file__).parents[2]
 
 
+def run_demo(folder: Path, kind: str, *flags: str) -> str:
+    """What config/demo/run.sh prints, run into a folder."""
+    # one thread, as all tests: two, beside another test, would wait for each other most of the time
+    environment = os.environ | {"DEMO": kind, "DEMO_DIR": str(folder), "DEMO_ACCELERATE_FLAGS": "--num_cpu_threads_per_process 1"}
+    run = subprocess.run(["bash", "config/demo/run.sh", *flags], cwd=ROOT, env=environment, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert run.returncode == 0, run.stdout[-3000:]
+    return run.stdout
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """The folder that config/demo/run.sh leaves, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
-    # one thread, as all tests: two, beside another test, would wait for each other most of the time
-    environment = os.environ | {"DEMO_DIR": str(folder), "DEMO_ACCELERATE_FLAGS": "--num_cpu_threads_per_process 1"}
-    run = subprocess.run(["bash", "config/demo/run.sh"], cwd=ROOT, env=environment, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert run.returncode == 0, run.stdout[-3000:]
-    return folder, run.stdout
+    return folder, run_demo(folder, "sdxl")
 
 
 def drawn(model: Path, prompts: list[str], size: str, output: Path) -> list[Image.Image]:
@@ -76,6 +82,40 @@ def test_it_names_what_it_wrote(demo):
     assert "generate.py --model" in output
     index = json.loads((folder / "run" / "model_index.json").read_text())
     assert index["force_zeros_for_empty_prompt"] is False
+
+
+@torch.no_grad()
+def test_the_sd3_demos_vae_is_the_sdxl_demos():
+    """... rewritten: latents with mean and deviation as its config says, and the same pictures."""
+    old = AutoencoderKL.from_pretrained(make_model_sd3.make_model.VAE)
+    new, (train, _), (held_out, _) = make_model_sd3.as_sd3(old), *scans.split_scans()
+
+    def pixels(images):
+        return torch.stack([torch.from_numpy(np.array(scans.picture(scan))) for scan in images]).permute(0, 3, 1, 2) / 127.5 - 1
+
+    latents = (new.encode(pixels(train[:300])).latent_dist.sample() - new.config.shift_factor) * new.config.scaling_factor
+    assert latents.shape[1:] == (4, 8, 8) and new.quant_conv is None and new.post_quant_conv is None
+    assert (latents.mean((0, 2, 3)).abs() < 0.05).all() and ((latents.std((0, 2, 3)) - 1).abs() < 0.05).all()
+    unseen = pixels(held_out[:50])
+    pictures = [vae.decode(vae.encode(unseen).latent_dist.mean).sample for vae in (old, new)]
+    assert (pictures[0] - pictures[1]).abs().max() < 1e-4
+
+
+@pytest.mark.timeout(900)
+def test_the_sd3_demo_draws_the_digits_of_the_prompt(tmp_path):
+    """As its user runs it, but for the number of steps: docs/demo.md says what the whole run reaches."""
+    run_demo(tmp_path, "sd3", "--max_train_steps", "540")
+    reader, read = read_digits.fit_reader(), []
+    for path in sorted((tmp_path / "images_drawn").glob("0*.png")):
+        read.append(read_digits.read(reader, Image.open(path)) == read_digits.digits_of(read_digits.caption_of(path)))
+    print(f"{sum(read)} of {len(read)} digits right")
+    assert len(read) == 50 and sum(read) >= 25    # at random: 5
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "run")
+    config = pipeline.transformer.config
+    assert config.qk_norm == "rms_norm" and 0 < len(config.dual_attention_layers) < config.num_layers
+    encoders = [type(encoder).__name__ for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)]
+    assert encoders == ["CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"]
 
 
 THING, CLASS, MIRRORED = "sks seven", "seven", 10    # prompts, and what the judge calls a mirrored seven

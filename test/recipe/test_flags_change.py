@@ -19,6 +19,7 @@ MODEL, DATA, TRAINING, OUTPUT = (f"recipe/test_flags_{name}.py::test_" for name 
 RATES, HUB, DEVICES = "unit/test_optimizers.py::test_", "recipe/test_hub.py::test_", "unit/test_devices.py::test_"
 MACHINES = "recipe/test_machines.py::test_"
 ATTENTION = "unit/test_attention.py::test_"
+PREVIEWS = "recipe/test_previews.py::test_"
 SETS, CAPTIONS, BACKEND = (f"recipe/test_{name}.py::test_" for name in ("data_sets", "flags_captions", "flags_backend"))
 REFUSED = DEVICES + "flags_for_other_hardware_are_refused_on_a_cpu"    # without such hardware here, that is the test
 
@@ -124,6 +125,10 @@ SHOWN_BY = {
     "validation_num_inference_steps": OUTPUT + "validation_prompts_images_sizes_and_steps",
     "validation_guidance": OUTPUT + "validation_guidance_negative_prompt_and_seed",
     "validation_seed": OUTPUT + "validation_guidance_negative_prompt_and_seed",
+    "validation_preview": PREVIEWS + "previews_are_written_and_posted",
+    "validation_preview_steps": PREVIEWS + "previews_are_written_and_posted",
+    "validation_preview_model": PREVIEWS + "a_tiny_autoencoder_that_is_none",
+    "webhook_config": PREVIEWS + "previews_are_written_and_posted",
     "config_file": OUTPUT + "config_file",
     "seed": OUTPUT + "seed",
     "mixed_precision": OUTPUT + "mixed_precision",
@@ -215,6 +220,7 @@ SHOWN_BY_ADAPTERS = {
     "with_prior_preservation": ADAPTERS + "prompts_and_images_of_dreambooth",
     "class_data_dir": ADAPTERS + "prompts_and_images_of_dreambooth",
     "class_prompt": ADAPTERS + "prompts_and_images_of_dreambooth",
+    "repeats": ADAPTERS + "repeats_make_an_epoch_longer",
     "num_class_images": ADAPTERS + "prompts_and_images_of_dreambooth",
 }
 

@@ -17,11 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_data_sets import losses
 
+from library.data import dataset
+from library.data.sampler import Sampler
 from library.errors import UserError
 from library.models import adapter_files, adapter_flags, adapter_merge, adapters, quantize, sdxl
 from library.models.adapter_settings import block_of
 from library.models.encoders import Encoders
-from library.training import offload
+from library.training import offload, plan
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PRESETS = ("attention", "attention-ff", "convolutions", "kohya", "all-linear")
@@ -313,6 +315,17 @@ def test_prompts_and_images_of_dreambooth(train_lora, tmp_path, monkeypatch):
     assert len(list((tmp_path / "kind").glob("*.png"))) == 2
     prompts(*preserving, "--num_class_images", 3, "--max_train_steps", 1)
     assert len(list((tmp_path / "kind").glob("*.png"))) == 3
+
+
+def test_repeats_make_an_epoch_longer(parse_lora, tmp_path):
+    things = tiny.make_images(tmp_path / "things", [(64, 64)] * 3)
+    flags = ("--instance_data_dir", things, "--instance_prompt", "a photo of sks cat", "--num_train_epochs", 2)
+    samplers = []
+    for repeats in (1, 4):
+        args = parse_lora(*flags, "--repeats", repeats, without=["train_data_dir", "max_train_steps"])
+        data = dataset.load(args, 1, tmp_path / "scan", decode=False)
+        samplers.append(Sampler(data.table.bucket_of, 1, [1], data.table.set_of, [spec.rate for spec in data.table.sets]))
+    assert [plan.total_steps(each, 2, None) for each in samplers] == [6, 24]
 
 
 # what cannot be

@@ -137,7 +137,7 @@ def test_validation_prompts_images_sizes_and_steps(drawn):
     asked, out = drawn("--validation_prompt", "red cat", "blue dog", "--num_validation_images", 2, "--validation_resolution",
                        "64", "96x64", "--validation_num_inference_steps", 3, "--validation_steps", 2)
     assert [(call["width"], call["height"]) for call in asked] == [(64, 64), (96, 64)] * 2
-    assert {call["num_images_per_prompt"] for call in asked} == {2} and {call["num_inference_steps"] for call in asked} == {3}
+    assert {len(call["prompt_embeds"]) for call in asked} == {2} and {call["num_inference_steps"] for call in asked} == {3}
     files = sorted(path.name for path in (out / "validation" / "step-000002").glob("*.png"))
     assert files == [f"0{number}-{slug}-{size}-{image}.png" for number, slug in enumerate(("red-cat", "blue-dog"))
                      for size in ("64x64", "96x64") for image in (0, 1)]

@@ -157,7 +157,7 @@ def test_an_adapter_of_sd3(draw, model, plain, tmp_path):
     (("--skip_layers", "3", "--skip_layer_stop", "0.9"), "--skip_layers: there is no layer 3: the transformer in"),
     (("--raw",), "lacks transformer_raw"), (("--model", "{sdxl}", "--no_t5"), "--no_t5 is of SD3, and --model"),
     (("--model", "{sdxl}", "--skip_layers", "1", "--steps", "30"), "--skip_layers is of SD3"),
-    (("--model", "{flux}"), "is a FluxPipeline; SDXL, SD 3 and SD 3.5 are drawn here"),
+    (("--model", "{flux}"), "is a FluxPipeline; there are SDXL, SD 3 and SD 3.5 here"),
     (("--model", "{none}"), "has no model_index.json that says what it is")])
 def test_mistakes_end_in_one_sentence(model, tiny_model, capsys, flags, message, tmp_path):
     places = {name: tmp_path / name for name in ("none", "flux", "picture")} | {"sdxl": tiny_model}

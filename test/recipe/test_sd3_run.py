@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,14 @@ import pytest
 import tiny
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from forks import Run, flags, run, together, until
+from forks import flags, together
 from PIL import Image
 from safetensors.torch import load_file
 from test_data_sets import losses
 
 import train_sd3
 from library.errors import UserError
+from library.models import sd3, sd3_file
 from library.training import spikes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -118,6 +118,43 @@ def test_without_t5_neither_the_run_nor_the_model_has_one(train, pipeline_of, tm
     assert {tensor.dtype for tensor in load_file(out / "transformer" / WEIGHTS).values()} == {torch.float16}
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("float", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_one_file_is_stabilitys_and_diffusers_and_we_read_the_run_from_it(train, model, tmp_path, precision, dtype):
+    """The last and one on the way, averaged and not; with the CLIPs that were trained."""
+    out = train("--save_model_as", "safetensors", "--save_precision", precision, "--save_every_n_steps", 1, "--use_ema",
+                "--train_text_encoder", "--checkpointing_steps", 1, "--learning_rate", 0.01)
+    files = {step: [f"last{name}{kind}.safetensors" for kind in ("", "-raw")] for step, name in ((1, "-step00000001"), (2, ""))}
+    assert {path.name for path in out.glob("*.safetensors")} == {*files[1], *files[2]} and not (out / "model_index.json").exists()
+    layout = tiny.original_layout(SD3Transformer2DModel.from_pretrained(model / "transformer")).keys()
+    for step, names in files.items():
+        kept = out / f"checkpoint-{step}"
+        raw = load_file(kept / "transformer" / WEIGHTS)
+        clips = {part: load_file(kept / part / "model.safetensors") for part in PARTS[2:4]}
+        projection = clips["text_encoder"].pop("text_projection.weight")    # goes into the layer that reads it
+        for name, average in zip(names, (load_file(kept / "ema.safetensors"), {}), strict=True):
+            written = load_file(out / name)
+            assert {tensor.dtype for tensor in written.values()} == {dtype}
+            assert {key for key in written if key.startswith("model.")} == layout
+            assert {".".join(key.split(".")[:3]) for key in written if not key.startswith(("model.", "first_stage_model."))} == {
+                f"text_encoders.{kind}.transformer" for kind in ("clip_l", "clip_g", "t5xxl")}
+            wanted = raw | average
+            pooled = "time_text_embed.text_embedder.linear_1.weight"
+            wanted[pooled] = torch.cat([wanted[pooled][:, :16] @ projection, wanted[pooled][:, 16:]], dim=1)
+            theirs = SD3Transformer2DModel.from_single_file(out / name, config=str(model), subfolder="transformer", dtype=dtype)
+            ours = sd3_file.load_part(out / name, "transformer", SD3Transformer2DModel, model, dtype)
+            for read in (theirs.state_dict(), ours.state_dict()):
+                assert read.keys() == wanted.keys()
+                assert all(torch.equal(read[key], wanted[key].to(dtype)) for key in read.keys() - {pooled})
+                torch.testing.assert_close(read[pooled].float(), wanted[pooled], rtol=0.01, atol=1e-3)
+            for part, state in clips.items():
+                read = sd3_file.load_part(out / name, part, sd3.class_of(part), model, dtype).state_dict()
+                assert all(torch.equal(read[key], state[key].to(dtype)) for key in state), part
+    whole = StableDiffusion3Pipeline.from_single_file(out / "last.safetensors", config=str(model), dtype=dtype)
+    for part in ("vae", "text_encoder_3"):
+        base = type(getattr(whole, part)).from_pretrained(model / part).state_dict()
+        assert all(torch.equal(tensor, base[key].to(dtype)) for key, tensor in getattr(whole, part).state_dict().items()), part
+
+
 # stopping, spreading
 
 def test_stopped_and_continued_it_is_the_same_bits(train, tmp_path):
@@ -134,24 +171,9 @@ def test_stopped_and_continued_it_is_the_same_bits(train, tmp_path):
     assert kept[0] == kept[1] and len(kept[0]["guarded_norms"]) == 6
 
 
-def test_killed_and_continued_it_is_the_same_bits(model, tiny_images, cache, tmp_path):
-    def command(out):
-        return flags(model, tiny_images, out, "--embedding_cache_dir", cache, "--max_train_steps", 12, "--checkpointing_steps", 3,
-                     "--use_ema", "--weighting_scheme", "mode", "--spike_guard", "stop", "--resume_from_checkpoint", "latest")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(command(whole), tmp_path / "whole.log", script="train_sd3")
-    first = Run(command(killed), tmp_path / "killed.log", script="train_sd3")
-    until(lambda: (killed / "checkpoint-6").exists() or first.poll() is not None)
-    first.send_signal(signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL, first.text()
-    run(command(killed), tmp_path / "killed.log", script="train_sd3")
-    assert_equal(whole, killed, [f"transformer/{WEIGHTS}", f"transformer_raw/{WEIGHTS}", "checkpoint-12/ema.safetensors"])
-    assert losses(whole) == losses(killed)
-
-
 def test_one_process_is_accumulation_and_two_processes(train, model, tiny_images, cache, tmp_path):
     more = ("--max_train_steps", 4, "--train_text_encoder", "--adam_epsilon", 1e-6, "--weighting_scheme", "sigma_sqrt",
-            "--noise_offset", 0.05, "--proportion_empty_prompts", 0.3)
+            "--noise_offset", 0.05, "--proportion_empty_prompts", 0.3, "--use_ema")
     one = train("--train_batch_size", 4, *more)
     two = train("--train_batch_size", 2, "--gradient_accumulation_steps", 2, *more, "--output_dir", tmp_path / "two")
     spread = flags(model, tiny_images, tmp_path / "spread", "--embedding_cache_dir", cache, "--train_batch_size", 2,
@@ -160,7 +182,8 @@ def test_one_process_is_accumulation_and_two_processes(train, model, tiny_images
         assert process.wait() == 0, process.text()
     for other in (two, tmp_path / "spread"):
         np.testing.assert_allclose(losses(other), losses(one), rtol=1e-6)
-        for name in (f"transformer/{WEIGHTS}", "text_encoder/model.safetensors", "text_encoder_2/model.safetensors"):
+        for name in (f"transformer/{WEIGHTS}", f"transformer_raw/{WEIGHTS}", "text_encoder/model.safetensors",
+                     "text_encoder_2/model.safetensors"):
             ours, theirs = load_file(one / name), load_file(other / name)
             assert max((ours[key].float() - theirs[key].float()).abs().max() for key in ours) < 1e-5, name
 
@@ -244,7 +267,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(train, tmp_path, m
     more = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--lr_scheduler", "constant")
     spiky(monkeypatch, 3, 7)
     out = train(*more, "--spike_guard", "skip")
-    assert [line["spikes"] for line in metrics(out)] == [0, 0, 1, 1] and math.isnan(losses(out)[2])
+    assert [line["spikes"] for line in metrics(out)] == [0, 0, 1, 1] and losses(out)[2] is None
     assert [json.loads(line)["step"] for line in (out / spikes.NAME).read_text().splitlines()] == [3]
     assert "--spike_guard skip: 1 gradients were not applied" in (out / "notes").read_text()
     assert all(torch.isfinite(tensor).all() for tensor in load_file(out / "transformer" / WEIGHTS).values())

@@ -14,7 +14,7 @@ from tiny import make_model
 from library.errors import UserError
 from library.models import adapter_files, adapter_merge, adapters
 from library.models.adapter_names import sgm_names, split, to_kohya, to_lycoris
-from library.models.adapter_settings import Settings
+from library.models.adapter_settings import SDXL_UNET, Settings
 
 IN_DIFFUSERS = [kind for kind, settings in KINDS.items() if settings.kind in ("lora", "dora")]
 
@@ -307,7 +307,9 @@ def test_what_is_not_an_adapter_of_sdxl_is_refused(tmp_path):
                         (("unet.conv_in.weight", "unet.conv_in.lora_A.weight"), r"1 of 2 tensors.*first unet\.conv_in\.weight"),
                         (("lora_unet_conv_in.lora_side.weight",), "lora_side"), ((), "0 of 0")):
         with pytest.raises(UserError, match=word):
-            adapter_files.read(put(path, {name: some.clone() for name in names}))
+            adapter_files.read(put(path, {name: some.clone() for name in names}), SDXL_UNET)
+    with pytest.raises(UserError, match="of Flux, not of SDXL or SD 3 "):    # where either would do
+        adapter_files.read(put(path, {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": some}))
     for width, word in ((768, "SD 1.x"), (1024, "SD 2.x")):
         with pytest.raises(UserError, match=word):
             adapter_files.read(put(path, {f"unet.{block}.to_k.lora_A.weight": torch.zeros(4, width)}))

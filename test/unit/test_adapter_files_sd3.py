@@ -1,13 +1,14 @@
 """Adapters of SD3: put on both streams, written for diffusers and in kohya's names, read back, and refused where it must be."""
 
 import itertools
+import logging
 import re
 
 import pytest
 import safetensors.torch
 import tiny
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,9 +59,10 @@ def trained(settings, flavour="3.5-medium"):
 
 
 def everything(settings):
-    """{part: network} of SD3, each with an adapter as if it had been trained."""
+    """{part: network} of SD3, each with an adapter as if it had been trained. Of LyCORIS, presets do not know T5."""
     transformer, encoders = make_transformer(), make_text_encoders()
-    adapters.add(transformer, encoders, settings)
+    config = {"algo": "lokr", "linear_dim": 4, "apply_preset": {"target_module": ["CLIPAttention", "T5Stack"]}}
+    adapters.add(transformer, encoders, settings, Settings("lycoris", lycoris_config=config) if settings.lycoris_config else None)
     parts = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
     return dict(zip(parts, map(with_noise, (transformer, *encoders)), strict=True))
 
@@ -111,6 +113,53 @@ def test_diffusers_to_kohya_to_diffusers_is_the_same_file(kind, tmp_path):
     stability = r"joint_blocks_\d+_(x|context)_block_|[xyt]_embedder_|context_embedder|final_layer_"
     names = re.compile(rf"lora_(unet_({stability})|te[12]_text_)")
     assert all(names.match(name) for name in middle)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_diffusers_loads_it_whole_and_computes_the_same(kind, tmp_path, caplog):
+    """Of the transformer and both CLIPs: no key is missing or unexpected, and each network says what it said."""
+    networks = everything(KINDS[kind])
+    del networks["text_encoder_3"]
+    adapter_files.save(tmp_path / adapter_files.DIFFUSERS_NAME, networks, KINDS[kind], "diffusers")
+    absent = dict.fromkeys(("scheduler", "vae", "tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder_3"))
+    bare = dict(zip(networks, (make_transformer(), *make_text_encoders()), strict=False))
+    before = {part: said(network) for part, network in bare.items()}
+    theirs = StableDiffusion3Pipeline(**bare, **absent)
+    with caplog.at_level(logging.WARNING):
+        theirs.load_lora_weights(tmp_path)
+    assert not [text for text in caplog.messages if "key" in text.lower()], caplog.messages
+    for part, network in networks.items():
+        ours, other = adapters.layers_of(network), adapters.layers_of(getattr(theirs, part), "default_0")
+        assert ours.keys() == other.keys()
+        assert not (said(network) - before[part]).abs().max() < 1e-3
+        torch.testing.assert_close(said(getattr(theirs, part)), said(network), rtol=1e-4, atol=2e-5)
+
+
+def said(network):
+    """What a transformer or text encoder makes of one input."""
+    if isinstance(network, SD3Transformer2DModel):
+        return predict(network)
+    with torch.no_grad():
+        output = network(torch.arange(1, 9)[None], output_hidden_states=True)
+    return torch.cat([output.hidden_states[-2].flatten(), output[0].flatten()])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in PLAIN])
+def test_lycoris_and_comfyui_know_every_key_of_other_kinds(kind, tmp_path):
+    """Of the transformer and all text encoders. diffusers has no loader for them; LyCORIS computes the same."""
+    from lycoris import create_lycoris_from_weights
+    networks = everything(KINDS[kind])
+    raw, _ = read_raw(adapter_files.save(tmp_path / "all.safetensors", networks, KINDS[kind], "kohya"))
+    known = {"lycoris_": make_transformer()} | {f"lora_te{n}_": each for n, each in enumerate(make_text_encoders(), 1)}
+    flat = {prefix + name.replace(".", "_") for prefix, network in known.items() for name, _ in network.named_modules()}
+    assert {name.partition(".")[0] for name in raw} <= flat
+    assert all(any(name.startswith(prefix) for name in raw) for prefix in known)
+    path = adapter_files.save(tmp_path / "one.safetensors", {"transformer": networks["transformer"]}, KINDS[kind], "lycoris")
+    other = make_transformer()
+    network, _ = create_lycoris_from_weights(1.0, str(path), other)
+    network.apply_to()
+    assert len(network.loras) == len(adapters.weights(networks["transformer"]))
+    torch.testing.assert_close(predict(other), predict(networks["transformer"]), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("flavour", list(tiny.SD3))
@@ -309,9 +358,8 @@ def test_what_is_never_quantised_and_what_is_not_on_request():
         return {name for name, layer in transformer.named_modules() if type(layer) is torch.nn.Linear}
 
     always = plain()
-    assert {name.split(".")[0] for name in always} == {"context_embedder", "time_text_embed", "proj_out", "norm_out",
-                                                       "transformer_blocks"}
-    assert all("norm1" in name for name in always if name.startswith("transformer_blocks"))
+    assert {name.split(".")[0] for name in always} == {"context_embedder", "time_text_embed", "proj_out", "norm_out"}
+    assert {name.split(".", 2)[2] for name in plain("*.norm1*") - always} == {"norm1.linear", "norm1_context.linear"}
     assert plain("*.attn2.*") - always == {name for name, _ in make_transformer().named_modules()
                                            if re.search(r"attn2\.(to_[qkv]|to_out\.0)$", name)}
     assert {name.split(".")[1] for name in plain("transformer_blocks.2") - always} == {"2"}    # a block by its name

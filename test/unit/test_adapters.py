@@ -456,7 +456,8 @@ def wrong_lycoris(**config):
     (wrong_lycoris(algo="dylora"), "dylora"), (wrong_lycoris(alg="lora"), "did you mean algo"),
     (wrong_lycoris(linear_alpha=0), "linear_alpha"), (wrong_lycoris(linear_dim=0), "linear_dim"),
     (wrong_lycoris(linear_dim=2.5), "whole"), (wrong_lycoris(wd_on_output=False), "wd_on_output"),
-    (wrong_lycoris(preset="atn"), "preset"),
+    (wrong_lycoris(preset="atn-mlp"), "no preset 'atn-mlp'; did you mean attn-mlp"),
+    (wrong_lycoris(preset="attn-mlp", apply_preset={"target_module": ["Attention"]}), "preset and apply_preset both say"),
     (wrong_lycoris(apply_preset={"target_module": ["Attentions"]}), "Attention, "),
     (wrong_lycoris(apply_preset={"target_modules": ["Attention"]}), "target_modules"),
     (wrong_lycoris(apply_preset={"module_algo_map": {"Attention": {"algo": "ia3"}}}), "ia3")])

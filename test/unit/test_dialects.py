@@ -120,12 +120,37 @@ def test_what_of_a_network_is_trained(argv, trained, te1, te2, unet):
     assert (args.train_text_encoder, args.learning_rate_te1, args.learning_rate_te2, args.unet_lr) == (trained, te1, te2, unet)
 
 
+KOHYA_SD3 = ["--network_module=networks.lora_sd3"]
+
+
+@pytest.mark.parametrize("argv, te1, te2, te3", [
+    (["--text_encoder_lr", "1e-5"], 1e-5, 1e-5, None), (["--text_encoder_lr", "1e-5", "2e-5"], 1e-5, 2e-5, None),
+    (["--text_encoder_lr", "1e-5", "2e-5", "3e-5"], 1e-5, 2e-5, 3e-5),
+    (["--text_encoder_lr", "1e-5", "2e-5", "0"], 1e-5, 2e-5, 0),
+    (["--text_encoder_lr", "1e-5", "--network_args", "train_t5xxl=True"], 1e-5, 1e-5, 1e-5),
+    (["--text_encoder_lr", "1e-5", "2e-5", "--network_args", "rank_dropout=0.1", "train_t5xxl=True"], 1e-5, 2e-5, 2e-5),
+    (["--text_encoder_lr", "1e-5", "--network_args", "train_t5xxl=False"], 1e-5, 1e-5, None),
+    (["--text_encoder_lr", "1e-5", "--learning_rate_te3=4e-5"], 1e-5, 1e-5, 4e-5)])
+def test_rates_of_sd3s_three_text_encoders(argv, te1, te2, te3):
+    args = parse_lora_sd3(*NEEDED, *KOHYA_SD3, *argv)
+    assert args.train_text_encoder
+    assert (args.learning_rate_te1, args.learning_rate_te2, args.learning_rate_te3) == (te1, te2, te3)
+
+
+def test_rates_of_sd3_that_cannot_be(capsys):
+    for rates in ([], ["1"] * 4):
+        with pytest.raises(SystemExit):
+            parse_lora_sd3(*NEEDED, *KOHYA_SD3, "--text_encoder_lr", *rates)
+        assert f"takes one rate for both CLIPs, or two, and a third for T5, not {len(rates)}\n" in capsys.readouterr().err
+
+
 def test_rates_of_text_encoders_that_are_not_trained_and_of_three(capsys):
     for argv in (["--text_encoder_lr=1e-5"], ["--text_encoder_lr", "1", "2", "3"]):
         with pytest.raises(SystemExit):
             parse_lora(*argv)
     said = capsys.readouterr().err
-    assert "needs --train_text_encoder" in said and "takes one rate for both text encoders, or two, not 3" in said
+    assert "needs --train_text_encoder" in said
+    assert "takes one rate for both text encoders, or two, not 3: SDXL has no T5, whose rate is the third" in said
     assert "--network_train_unet_only" in refused(capsys, "--network_train_unet_only")    # not of this script
 
 
@@ -176,6 +201,24 @@ def test_every_foreign_name_is_tried_here():
     tried |= {alias for alias, *_ in OF_ADAPTERS} | {"network_train_unet_only", "network_train_text_encoder_only"}
     tried |= {"text_encoder_lr", "user_prompt_library"} | {alias for alias, *_ in OF_SD3}
     assert {name.lstrip("-") for name in dialects.names()} <= tried
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--upcast_before_saving"], "--save_precision"), (["--prodigy_decouple=True"], "--optimizer_args decouple=... says it"),
+    (["--clip_l", "clip_l.safetensors"], "--single_file_config")])
+def test_what_has_no_counterpart_says_why(capsys, flags, words):
+    with pytest.raises(SystemExit):
+        parse_lora_sd3(*NEEDED, *flags)
+    said = capsys.readouterr().err
+    assert f"{flags[0].partition('=')[0]} is not here: " in said and words in said and said.endswith(". Leave it out\n")
+
+
+def test_a_hint_names_no_flag_that_the_script_lacks(capsys):
+    for flag in ("--snr_gamma=5", "--text_encoder_lr=1", "--min_snr_gamme=5"):
+        with pytest.raises(SystemExit):
+            parse_sd3(*NEEDED, flag)
+        said = capsys.readouterr().err
+        assert "no flag" in said and "min_snr" not in said.partition(";")[2] and "text_encoder_lr" not in said.partition(";")[2]
 
 
 @pytest.mark.parametrize("name", ["enable_bucket", "cache_latents", "use_ema"])
@@ -516,3 +559,12 @@ def test_the_examples_of_sd3_are_understood(tmp_path, monkeypatch, capsys, name)
 def test_layers_that_keep_their_precision():
     args = parse_lora_sd3(*NEEDED, "--quantize_exclude", "pos_embed*", "*.norm1.*")
     assert args.quantize_exclude == ["pos_embed*", "*.norm1.*"]
+
+
+def test_kohyas_sdpa_is_what_runs(capsys):
+    chosen = ["--attention_mechanism=sdpa"]
+    for switch, said in (("--sdpa", chosen), ("--sdpa=true", chosen), ("--sdpa=false", [])):
+        assert dialects.translate([switch, "--seed=1"], "train_sdxl.py") == [*said, "--seed=1"]
+    with pytest.raises(SystemExit):    # what stands behind it is not lost in silence
+        parse_lora_sd3(*NEEDED, "--sdpa", "model.safetensors")
+    assert "--sdpa" in capsys.readouterr().err

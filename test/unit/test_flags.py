@@ -308,6 +308,8 @@ def test_precondition_outputs_is_a_switch_that_takes_numbers(value, truth):
 @pytest.mark.parametrize("argv, words", [
     (["--flow_use_uniform_schedule", "--flow_use_beta_schedule"], ["exclude each other"]),
     (["--flow_use_beta_schedule", "--weighting_scheme=mode"], ["--weighting_scheme mode", "--flow_use_beta_schedule"]),
+    (["--flow_use_uniform_schedule", "--weighting_scheme", "logit_normal"],    # its default, but here the user says so
+     ["--weighting_scheme logit_normal and --flow_use_uniform_schedule exclude each other"]),
     (["--validation_guidance_skip_layers_start=0.5"], ["_start must be below --validation_guidance_skip_layers_stop"]),
     (["--resolution=1000"], ["--resolution 1000,1000", "multiple of 16"]),
     (["--validation_resolution=512,520"], ["--validation_resolution 512,520"]),

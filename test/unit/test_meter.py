@@ -1,6 +1,7 @@
 """The log of a run: its lines, its restarts, and the time spent waiting for data."""
 
 import json
+import math
 import time
 from types import SimpleNamespace
 
@@ -67,6 +68,22 @@ def test_a_loss_that_is_not_finite_is_logged_as_it_is(tmp_path):
     run(meter, [[1.0], [float("nan")], [2.0]])
     values = read_metrics(tmp_path / "metrics.jsonl")["loss"]
     assert values[0] == 1 and values[1] != values[1] and values[2] == 2
+
+
+@pytest.mark.parametrize("stop", [None, 1, 2, 3])
+def test_the_loss_of_a_refused_gradient_is_in_no_mean(tmp_path, stop):
+    """Of all its micro steps, and across a restart; its images were shown all the same. No loss is left: null."""
+    steps = [([1.0, 3.0], False), ([40.0, math.nan], True), ([7.0, 9.0], False), ([50.0], True), ([60.0], True), ([70.0], True)]
+    meter, board = make(tmp_path, every=3, steps=6)
+    for step, (losses, refused) in enumerate(steps, 1):
+        for number, loss in enumerate(losses, 1):
+            meter.add(torch.tensor(loss), 2, refused and number == len(losses))
+        meter.step(step, 0, 0)
+        if step == stop:
+            meter, board = make(tmp_path, every=3, steps=6, step=step, unlogged=json.loads(json.dumps(meter.unlogged())))
+    assert [line["loss"] for line in lines(tmp_path)] == [5.0, None]
+    assert "loss" not in board.told[-1][1]
+    assert read_metrics(tmp_path / "metrics.jsonl")["loss"][0] == 5
 
 
 def test_losses_wait_on_the_device_until_the_line(tmp_path, monkeypatch):

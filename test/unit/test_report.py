@@ -95,7 +95,7 @@ def report(folder: Path, **changes) -> tuple[str, Page]:
 
 def test_columns_are_arrays_and_null_is_nan(tmp_path):
     metrics = read_metrics(write_metrics(tmp_path, [row(1), row(2, grad_norm=None), {"step": 3}]))
-    assert set(metrics) == set(METRICS)
+    assert set(metrics) == {*METRICS, "no_loss"} and metrics["no_loss"].tolist() == [False, False, True]
     assert metrics["step"].tolist() == [1, 2, 3] and metrics["step"].dtype == np.int64
     np.testing.assert_array_equal(metrics["grad_norm"], [0.5, np.nan, np.nan])
     np.testing.assert_array_equal(metrics["loss"], [1, 0.5, np.nan])
@@ -257,6 +257,15 @@ def test_losses_that_are_not_finite_are_reported(tmp_path):
     assert "10 logged losses are not finite, the first at step 31." in page.text
     for name in ("Images per second", "Waiting for data", "Peak memory", "Wall time"):
         assert page.card(name) == "–"
+
+
+def test_a_loss_that_was_not_logged_is_no_bad_one(tmp_path):
+    """Of a line all of whose steps the spike guard refused."""
+    write_metrics(tmp_path, [row(step, loss=None if step == 40 else 0.25) for step in range(1, 41)])
+    _, page = report(tmp_path)
+    assert page.card("Final loss") == "0.25" and "not finite" not in page.text
+    write_metrics(tmp_path, [row(1, loss=None)])
+    assert report(tmp_path)[1].card("Final loss") == "–"
 
 
 def test_a_long_run_makes_a_small_file(tmp_path):

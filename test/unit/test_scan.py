@@ -416,4 +416,6 @@ def test_max_train_samples_draws_a_part_by_the_seed(tmp_path):
 def test_the_description_counts_what_is_cut_and_enlarged(tmp_path):
     folder = make_images(tmp_path / "images", [(128, 64), (64, 64), (32, 32)])
     line = dataset.describe_table(load(folder, "--train_batch_size=2").table, 3)
-    assert line == "3 images in 1 bucket; cropping removes 16.7% of their area; 1 are enlarged to fit; 6 a step"
+    start = "3 images in 1 bucket; cropping removes 16.7% of their area; 1 are enlarged to fit"
+    assert line == f"{start}; 1 bucket with fewer images than a step takes: some come more than once; 6 a step"
+    assert dataset.describe_table(load(folder, "--train_batch_size=1").table, 3) == f"{start}; 3 a step"    # as many as there are

@@ -55,8 +55,9 @@ def test_what_it_says_and_keeps(tmp_path, capsys):
     assert [json.loads(line) for line in (tmp_path / spikes.NAME).read_text().splitlines()] == [
         {"step": 26, "grad_norm": 30.0, "median": 2.0}, {"step": 27, "grad_norm": "nan", "median": 2.0}]
     said = capsys.readouterr().out.splitlines()
-    assert said == ["step 26: the gradient's norm is 30, 15.0 times the median of the last 25; it is not applied (spike 1)",
-                    "step 27: the gradient's norm is nan; it is not applied (spike 2)"]
+    end = "; it is not applied, nor is its loss in the mean (spike"
+    assert said == [f"step 26: the gradient's norm is 30, 15.0 times the median of the last 25{end} 1)",
+                    f"step 27: the gradient's norm is nan{end} 2)"]
     assert guard.notes() == [f"--spike_guard skip: 2 gradients were not applied, see {spikes.NAME}"] and not guard.stops
 
 

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from library.diffusion.ema import EMA
@@ -72,6 +73,22 @@ def test_the_images_are_those_of_the_whole_pipeline(pipeline, prompts):
         theirs = pipeline(prompt=prompt.text, negative_prompt=prompts[2].text, width=64, height=64, num_inference_steps=3,
                           guidance_scale=5.0, generator=torch.Generator().manual_seed(7)).images[0]
         assert abs(np.asarray(image).astype(int) - np.asarray(theirs)).max() <= 1
+
+
+def test_several_images_of_sd3_are_those_drawn_alone(tmp_path):
+    """Its pipeline repeats no embeddings that it is given."""
+    whole = StableDiffusion3Pipeline.from_pretrained(tiny.make_sd3(tmp_path / "sd3"))
+    with torch.no_grad():
+        hidden, _, pooled, _ = whole.encode_prompt(["red cat", ""], ["red cat", ""], ["red cat", ""], device="cpu",
+                                                   do_classifier_free_guidance=False)
+    texts = [Prompt(text, hidden[row:row + 1], pooled[row:row + 1]) for row, text in enumerate(("red cat", ""))]
+    options = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.9}
+    given = dict(steps=4, guidance=3.0, autocast=contextlib.nullcontext, device="cpu", **options)
+    both = pixels(images.draw(whole, texts[:1], texts[1], [(64, 64)], count=2, seed=7, **given))
+    alone = [pixels(images.draw(whole, texts[:1], texts[1], [(64, 64)], count=1, seed=seed, **given)) for seed in (7, 8)]
+    for image, (other,) in zip(both.values(), (each.values() for each in alone), strict=True):
+        assert abs(image - other).max() <= 1
+    assert abs(np.subtract(*both.values())).max() > 1
 
 
 @pytest.mark.parametrize("change", [{"guidance": 1.0}, {"steps": 2}], ids=str)
@@ -155,7 +172,8 @@ class Board:
 
 def validate(pipeline, prompts, network, average, folder, **flags):
     args = SimpleNamespace(**{"validation_resolution": [(64, 64)], "resolution": (64, 64), "num_validation_images": 1,
-                              "validation_num_inference_steps": 2, "validation_guidance": 5.0, "validation_seed": 3} | flags)
+                              "validation_num_inference_steps": 2, "validation_guidance": 5.0, "validation_seed": 3,
+                              "validation_preview": False} | flags)
     board = Board()
     accelerator = SimpleNamespace(is_main_process=True, autocast=contextlib.nullcontext, device=torch.device("cpu"))
     images.run(args, 1, pipeline, (prompts[:1], prompts[2]), network, average, 4, folder, board, accelerator)

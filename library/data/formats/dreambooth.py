@@ -9,12 +9,12 @@ from library.errors import UserError
 
 
 def read(args) -> Described:
-    """--instance_data_dir (or --dataset_name) with --instance_prompt, and --class_data_dir with --class_prompt.
+    """--instance_data_dir (or --dataset_name) with --instance_prompt and --repeats, and --class_data_dir with --class_prompt.
 
     With --with_prior_preservation the class images are seen as often, all together, as the others, and their loss is
     multiplied by --prior_loss_weight. Raises `UserError` for what is missing.
     """
-    specs = [_instances(args)]
+    specs = [replace(_instances(args), rate=float(args.repeats))]
     if args.with_prior_preservation:
         folder = _phrase(args.class_data_dir, args.class_prompt, "--class_data_dir")
         prior = kohya.plain(args, args.class_data_dir, folder)
