@@ -262,7 +262,8 @@ def _model(given: dict[str, str], script: str) -> list[str]:
     for name, value, known in (("model_family", family, FLAVOURS), ("model_type", kind, ("full", "lora", None)),
                                ("model_flavour", given.get("model_flavour"), (None, *FLAVOURS.get(family, ())))):
         if value not in known:
-            more = f" for {family}; leave it out where --pretrained_model_name_or_path names the model" * (name == "model_flavour")
+            more = f" for {family}; leave it out where --pretrained_model_name_or_path names the model"
+            more *= name == "model_flavour"
             raise DialectError(f"--{name} is {value!r}, and there is {' and '.join(filter(None, known))} here{more}")
     if script in families and SCRIPTS[family, kind] != script:
         other = SCRIPTS[family, kind]

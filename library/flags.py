@@ -11,11 +11,11 @@ import math
 import os
 import sys
 
-from library import config_files
 from library.flags_adapter import faults_of_adapter, idle_adapter_flags
 from library.flags_data import add_cache_flags, add_data_flags, faults_of_data, idle_data_flags  # noqa: F401
 from library.flags_sd3 import add_flow_flags, faults_of_sd3, idle_sd3_flags
-from library.parser import COUNT, FRACTION, NOT_NEGATIVE, Parser, number, size, switch
+from library.flags_validation import add_validation_flags, faults_of_validation, idle_validation_flags  # noqa: F401
+from library.parser import COUNT, FRACTION, NOT_NEGATIVE, Parser, number, processes, switch
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
                  "piecewise_constant", "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay")
@@ -205,31 +205,6 @@ def add_runtime_flags(parser: Parser) -> None:
         help="write what each layer computes at step 1 and every N steps, for tools/compare_runs.py (default: never)")
 
 
-def add_validation_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("validation")
-    add = group.add_argument
-    add("--validation_prompt", nargs="+", default=[], metavar="PROMPT", help="draw these prompts while training")
-    add("--validation_negative_prompt", metavar="PROMPT", help="what those images should not show")
-    add("--num_validation_images", type=COUNT, default=4, metavar="N", help="images a prompt and size")
-    add("--validation_epochs", type=COUNT, default=1, metavar="N", help="epochs between two validations")
-    add("--validation_steps", type=COUNT, metavar="N",
-        help="optimizer steps between two; overrides --validation_epochs")
-    add("--validation_resolution", nargs="+", type=size, metavar="SIZE",
-        help="sizes of the images (default: --resolution)")
-    add("--validation_num_inference_steps", type=COUNT, default=25, metavar="N", help="denoising steps")
-    add("--validation_guidance", type=NOT_NEGATIVE, default=5.0, metavar="G", help="classifier-free guidance scale")
-    switch(group, "validation_preview", "also decode images while they are drawn, into OUTPUT_DIR/validation/*/previews")
-    add("--validation_preview_steps", type=COUNT, default=1, metavar="N", help="denoising steps between two previews")
-    add("--validation_preview_model", default="madebyollin/taesdxl", metavar="MODEL",
-        help="tiny autoencoder that decodes them: a diffusers folder or a hub id")
-    add("--webhook_config", metavar="FILE", help="also post previews to the webhooks (raw or discord) in this .json file")
-    add("--eval_steps_interval", type=COUNT, metavar="N",
-        help="optimizer steps between two losses on the evaluation sets (default: at the end alone)")
-    add("--num_eval_images", type=COUNT, default=4, metavar="N", help="images of each evaluation set")
-    add("--eval_timesteps", type=COUNT, default=28, metavar="N", help="timesteps, evenly spread, at which each is looked at")
-    add("--validation_seed", type=number(int, low=0, high=2**63 - 1), metavar="N", help="seed of the images (default: --seed)")
-
-
 def check(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, all of them in one sentence."""
     faults = faults_of_data(args) + (faults_of_adapter(args) if hasattr(args, "lora_type") else [])
@@ -243,11 +218,9 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("learning_rate_te1", "learning_rate_te2"):
         if getattr(args, name) is not None and not args.train_text_encoder:
             faults.append(f"--{name} needs --train_text_encoder")
-    faults += _derive_accumulation(parser, args)
+    faults += _faults_of_global_batch(parser, args) + faults_of_validation(args)
     if args.push_to_hub and args.save_model_as != "diffusers":
         faults.append("--push_to_hub needs --save_model_as diffusers")
-    if args.webhook_config:
-        faults += config_files.faults_of_webhooks(args.webhook_config, args.output_dir if args.push_to_hub else None)
     if getattr(args, "zero_terminal_snr", False) and args.prediction_type == "epsilon":
         faults.append("--zero_terminal_snr needs --prediction_type v_prediction: at pure noise, epsilon says nothing "
                       "of the image")
@@ -258,18 +231,16 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
             print(f"{parser.prog}: note: {note}", file=sys.stderr)
 
 
-def _derive_accumulation(parser: Parser, args: argparse.Namespace) -> list[str]:
-    """Set the accumulation that makes --global_batch_size on the processes that were launched; the reason if none does."""
+def _faults_of_global_batch(parser: Parser, args: argparse.Namespace) -> list[str]:
+    """Why no accumulation, which `Parser` has derived, makes --global_batch_size on the processes that were launched."""
     if args.global_batch_size is None:
         return []
-    if args.gradient_accumulation_steps != parser.get_default("gradient_accumulation_steps"):
+    if "gradient_accumulation_steps" in parser.given:
         return ["--global_batch_size and --gradient_accumulation_steps exclude each other: one follows from the other"]
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    args.gradient_accumulation_steps, rest = divmod(args.global_batch_size, args.train_batch_size * processes)
-    if not rest:
+    if args.global_batch_size == args.train_batch_size * args.gradient_accumulation_steps * processes():
         return []
     return [f"--global_batch_size {args.global_batch_size} is no multiple of --train_batch_size {args.train_batch_size} x "
-            f"{processes} process{'es' if processes > 1 else ''}"]
+            f"{processes()} process{'es' if processes() > 1 else ''}"]
 
 
 def without_effect(parser: Parser, args: argparse.Namespace) -> list[str]:
@@ -278,20 +249,11 @@ def without_effect(parser: Parser, args: argparse.Namespace) -> list[str]:
     They are not refused: a config file may well list every flag that there is.
     """
     schedule, bias = args.lr_scheduler, getattr(args, "timestep_bias_strategy", None)
-    shown = ("validation_negative_prompt", "num_validation_images", "validation_epochs", "validation_steps",
-             "validation_resolution", "validation_num_inference_steps", "validation_guidance", "validation_seed",
-             "validation_preview")
-    drawn = args.validation_num_inference_steps
     needs = [    # (flags, whether they are used, why not)
-        *idle_data_flags(args), *(idle_adapter_flags(args) if hasattr(args, "lora_type") else []),
+        *idle_data_flags(args), *idle_validation_flags(args), *(idle_adapter_flags(args) if hasattr(args, "lora_type") else []),
         *(idle_sd3_flags(args) if hasattr(args, "weighting_scheme") else []),
         (("ema_decay",), args.use_ema, "without --use_ema"),
         (("sageattention_usage",), args.attention_mechanism == "sageattention", "without --attention_mechanism sageattention"),
-        (shown, args.validation_prompt, "without --validation_prompt"),
-        (("validation_preview_steps", "validation_preview_model", "webhook_config"), args.validation_preview,
-         "without --validation_preview"),
-        (("validation_preview",), args.validation_preview_steps <= drawn,
-         f"as --validation_preview_steps {args.validation_preview_steps} is more than the {drawn} steps of an image"),
         (("hub_model_id", "hub_token"), args.push_to_hub, "without --push_to_hub"),
     ]
     needs += [

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import sys
 
 from library import dialects, errors
@@ -46,6 +47,9 @@ class Parser(argparse.ArgumentParser):
         args, stray = self.parse_known_args(argv, namespace)
         if stray:
             self.error(f"{' '.join(stray)!r} belongs to no flag; flags begin with --")
+        if getattr(args, "global_batch_size", None):
+            steps = max(1, args.global_batch_size // (args.train_batch_size * processes()))
+            args, _ = self.parse_known_args([*argv, f"--gradient_accumulation_steps={steps}"], namespace)
         return args
 
     def _check_known(self, name: str) -> None:
@@ -64,6 +68,11 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             raise ValueError(f"no such flag: {', '.join(sorted(unknown))}")
         self.set_defaults(**defaults)
+
+
+def processes() -> int:
+    """How many were launched."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf):

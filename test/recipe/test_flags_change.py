@@ -68,6 +68,8 @@ SHOWN_BY = {
     "train_batch_size": TRAINING + "train_batch_size",
     "gradient_accumulation_steps": TRAINING + "gradient_accumulation_steps",
     "global_batch_size": MACHINES + "data_and_caches_of_each_machine",
+    "layer_statistics": "recipe/test_layer_statistics.py::test_a_weight_that_was_scaled_is_named",
+    "optimizer_sharding": "recipe/test_sharding.py::test_two_processes_make_the_losses_and_the_checkpoints_of_one",
     "rank_timeout": MACHINES + "a_cable_is_cut",
     "num_train_epochs": TRAINING + "length_of_the_run",
     "max_train_steps": TRAINING + "length_of_the_run",

@@ -148,8 +148,8 @@ def test_the_command_line_of_ascends_scripts(apart):
     ("train_sdxl.py", {*ACTIONS}), ("train_sd3.py", {*OF_SD3}), ("train_lora_sdxl.py", OF_ADAPTERS),
     ("train_lora_sd3.py", {*OF_SD3, *OF_ADAPTERS} - OF_UNETS | {"lora_blocks", "learning_rate_te3", "quantize_exclude"})])
 def test_every_flag_is_read_by_something_that_acts_on_it(name, flags):
-    # read by dialects.translate, before there are arguments; by a name that is put together; and by flags_sd3.density
-    read = {"config_file", "text_encoder_3_precision", "flow_use_uniform_schedule", "flow_use_beta_schedule"}
+    # read by dialects.translate and Parser, before there are arguments; by a name that is put together; and by flags_sd3.density
+    read = {"config_file", "global_batch_size", "text_encoder_3_precision", "flow_use_uniform_schedule", "flow_use_beta_schedule"}
     assert "--config_file" in (REPOSITORY / "library/dialects.py").read_text()
     for path in [REPOSITORY / name, *REPOSITORY.glob("library/*/**/*.py")]:    # flags.check alone would be no use
         for node in ast.walk(ast.parse(path.read_text())):

@@ -12,7 +12,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*REPOSITORY.glob("*.py"), *REPOSITORY.glob("tools/*.py")])
 LIBRARY = sorted(REPOSITORY.glob("library/**/*.py"))
 # modules of the standard library alone
-STANDARD = {"flags", "flags_data", "flags_adapter", "flags_sd3", "dialects", "config_files", "parser", "errors"}
+STANDARD = {"flags", "flags_data", "flags_adapter", "flags_sd3", "flags_validation", "dialects", "config_files", "parser",
+            "errors"}
 LEAVES = {f"library.data.{name}" for name in ("geometry", "aspect", "captions", "sampler", "draws", "specs")}
 # who may import whom, beside the modules that lie directly in library/
 MAY_IMPORT = {"data": {"data", "training"}, "training": {"training", "data"}, "diffusion": {"diffusion"},
