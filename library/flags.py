@@ -15,7 +15,7 @@ from library.flags_adapter import faults_of_adapter, idle_adapter_flags
 from library.flags_data import add_cache_flags, add_data_flags, faults_of_data, idle_data_flags  # noqa: F401
 from library.flags_sd3 import add_flow_flags, faults_of_sd3, idle_sd3_flags
 from library.flags_validation import add_validation_flags, faults_of_validation, idle_validation_flags  # noqa: F401
-from library.parser import COUNT, FRACTION, NOT_NEGATIVE, Parser, number, processes, switch
+from library.parser import COUNT, FRACTION, NOT_NEGATIVE, Parser, number, processes, size, switch  # noqa: F401
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
                  "piecewise_constant", "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay")

@@ -17,8 +17,9 @@ class _Work(dist._Work if hasattr(dist, "_Work") else dist.Work):
         self._result = result
 
     def wait(self, timeout=None):
-        if self._work is not None:
+        if self._work is not None:    # once: gloo's reduce_scatter copies its result again each time, over what became of it
             self._work.wait() if timeout is None else self._work.wait(timeout)
+            self._work = None
         return True
 
     def is_completed(self):
@@ -86,6 +87,11 @@ class ProcessGroupHCCL(dist.ProcessGroup):
             self._reduced("_reduce_scatter_base", out, x, one).wait()
         return _Work(None, list(outs))
 
+    def reduce(self, tensors, opts):
+        """gloo's leaves partial sums in the tensors of those that are not the root."""
+        given = tensors if opts.rootRank == self.rank() else [t.clone() for t in tensors]
+        return self._reduced("reduce", given, opts)
+
     def barrier(self, opts):
         return _Work(self._gloo.barrier(), [])
 
@@ -100,7 +106,7 @@ def _forward(name, through="_run"):
     return method
 
 
-for _name in ("broadcast", "allgather", "_allgather_base", "allgather_coalesced", "reduce", "gather", "scatter", "alltoall",
+for _name in ("broadcast", "allgather", "_allgather_base", "allgather_coalesced", "gather", "scatter", "alltoall",
               "send", "recv"):
     setattr(ProcessGroupHCCL, _name, _forward(_name))
 for _name in ("allreduce", "allreduce_coalesced", "reduce_scatter", "_reduce_scatter_base"):

@@ -4,6 +4,7 @@ import os
 import time
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _library = None  # set by _device.install
 _COUNT = int(os.environ.get("NPU_SIM_DEVICES", "1"))
@@ -95,6 +96,8 @@ def memory_allocated(device=None):
     for o in gc.get_objects():
         if issubclass(type(o), torch.Tensor):
             for t in (o, o.grad if o.is_leaf else None):
+                if is_traceable_wrapper_subclass(t):    # a DTensor: the share within it is found by itself
+                    continue
                 if t is not None and t.device.type == "npu" and t.device.index == i:
                     seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     total = sum(seen.values())
