@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from tqdm import tqdm
 
 from library.errors import UserError
@@ -42,11 +42,13 @@ def start(args) -> Accelerator:
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     devices.check_precision(precision, device)
     devices.check_attention(args.attention_mechanism, precision, device)
+    processes.face_others()
     with watch.arriving(args.rank_timeout):
         accelerator = Accelerator(
             cpu=device == "cpu", mixed_precision=precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
             # one process may decode for hours while another is done: no collective may give up on it, as `watch` does that
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))])
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=7)),
+                             DistributedDataParallelKwargs(gradient_as_bucket_view=True)])    # else DDP keeps a second copy
     wanted = processes.launched()
     if accelerator.num_processes != wanted:
         raise UserError(f"{wanted} processes were launched, but accelerate made {accelerator.num_processes} of them one run: "

@@ -123,6 +123,6 @@ def test_every_pair_learns(optimizer, kind):
 
 @pytest.mark.parametrize("optimizer", [name for name in optimizers.TABLE if name not in HERE + TORCHAO])
 def test_what_needs_a_gpu_says_so(optimizer):
-    args = SimpleNamespace(optimizer=optimizer, use_8bit_adam=False)
+    args = SimpleNamespace(optimizer=optimizer, use_8bit_adam=False, optimizer_sharding="none")
     with pytest.raises(UserError, match=f"--optimizer {optimizer} does not run on cpu, only on cuda, xpu; use"):
         optimizers.check_optimizer(args, "cpu")
