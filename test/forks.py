@@ -36,7 +36,7 @@ class Run:
 
     setting: env, added to its environment; file_limit, bytes that a file may have, as on a full disk; humble=True,
     without root's right to any file; shard_bytes, the size of the caches' shards; plots=True, with the report's plots,
-    which take half of the time of so short a run.
+    which take half of the time of so short a run; module, whose main is called instead of the script's.
     """
 
     def __init__(self, flags: list[str], log: Path, script: str = "train_sdxl", **setting):
@@ -131,7 +131,7 @@ def _warm(script: str) -> None:
 
 
 def _run(script: str, flags: list[str], log: str, env: dict | None = None, file_limit: int | None = None, humble: bool = False,
-         shard_bytes: int | None = None, plots: bool = False) -> None:
+         shard_bytes: int | None = None, plots: bool = False, module: str = "") -> None:
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(handle, stream)
@@ -145,14 +145,15 @@ def _run(script: str, flags: list[str], log: str, env: dict | None = None, file_
 
     from library import errors
     from library.data import cache
-    module = importlib.import_module(script)
+    given = importlib.import_module(module or script)
     tqdm.set_lock(threading.RLock())    # its own is a semaphore that multiprocessing would miss after a kill
     cache.SHARD_BYTES = shard_bytes or cache.SHARD_BYTES
     if not plots:
-        module.report.write_loss_curve = lambda folder: folder
-        module.report.write_report = lambda folder, **_: folder
+        report = importlib.import_module("library.validation.report")
+        report.write_loss_curve = lambda folder: folder
+        report.write_report = lambda folder, **_: folder
     with errors.exit_on_user_error(f"{script}.py"):
-        module.main(module.parse_args(flags))
+        given.main(given.parse_args(flags))
 
 
 if _WARM in os.environ:

@@ -1,7 +1,11 @@
-"""Checks of what processes share out, run by each of them: `torch.distributed.run test/shares.py`. For test_sharding.py."""
+"""Checks of what processes share out, run by each of them, for test_sharding.py and test_third_patch.py.
+
+`torch.distributed.run test/shares.py shares`, or `patches`.
+"""
 
 import copy
 import itertools
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +21,7 @@ from library.diffusion import ema
 from library.training import optimizer_state, optimizers, sharding
 
 SHARED = ("adamw", "adamw_8bit", "adamw_bf16", "adafactor", "lion", "muon")
+CUT = ("adamw", "adamw_fused", "sgd", "lion", "ademamix", "adamw_bf16", "adamw-schedulefree", "optimi-stableadamw")
 
 
 class Net(torch.nn.Module):
@@ -153,15 +158,60 @@ def check_words_of_fsdp() -> None:
     assert same(weights(net), weights(reference), 1e-6)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def check_shares() -> None:
     for each in SHARED:
         check(each, "zero1")
     check("oss", "oss")
-    for each in ("adamw", "sgd", "lion", "ademamix", "adamw_bf16", "optimi-stableadamw"):
+    for each in CUT:
         check(each, "fsdp2")
     check_words_of_fsdp()
+
+
+def check_patches() -> None:
+    """A network trained through accelerate by an optimizer that is shared out: as it comes, with one patch, and with both."""
+    from accelerate import Accelerator
+
+    import third_patch
+    accelerator = Accelerator(cpu=True)
+
+    def apart(kind: str):
+        """How far the processes' weights are from one another after three steps, or the error at the start."""
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+        groups = [{"params": list(net.parameters()), "lr": 0.1}]
+        try:
+            called, optimizer = accelerator.prepare(net, optimizer_state.share_out(
+                kind, torch.optim.SGD, groups, {"lr": 0.1, "momentum": 0.9}))
+        except RuntimeError as error:
+            return str(error)
+        for _ in range(3):
+            accelerator.backward(called(torch.ones(2, 4)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        ranks = accelerator.gather(torch.cat([p.detach().flatten() for p in net.parameters()])[None])
+        return (ranks[0] - ranks[1]).abs().max().item()
+
+    found = {"zero1": apart("zero1"), "oss": apart("oss")}
+    found["applied"] = [third_patch.apply(), third_patch.apply()]
+    found |= {"zero1 patched": apart("zero1"), "oss moved": apart("oss")}
+    found["applied"] += [third_patch.apply(oss=True), third_patch.apply(oss=True)]
+    found["oss patched"] = apart("oss")
+    if accelerator.is_main_process:
+        print("found", json.dumps(found), flush=True)
+
+
+def parse_args(argv: list[str]) -> str:
+    return argv[0]
+
+
+def main(what: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    {"shares": check_shares, "patches": check_patches}[what]()
     if dist.get_rank() == 0:
         print("all is well", flush=True)
     dist.barrier()
+
+
+if __name__ == "__main__":
+    main(parse_args(sys.argv[1:]))

@@ -51,7 +51,8 @@ def gather_state(optimizer: torch.optim.Optimizer) -> dict:
     place = {id(p): number for number, p in enumerate(_parameters(inner))}
     own = {place[id(p)]: saved["state"][number] for number, p in enumerate(_parameters(part)) if number in saved["state"]}
     packed = torch.optim.Optimizer.state_dict(inner)["param_groups"]
-    groups = [shown | {name: value for name, value in group.items() if name != "params"}
+    # the schedule sets the rate of those that are shown; the part is told of it at its next step
+    groups = [shown | {name: value for name, value in group.items() if name not in ("params", "lr")}
               for shown, group in zip(packed, saved["param_groups"], strict=True)]
     owners = processes.gather([(number, processes.rank()) for number in own])
     for number, rank in sorted(owners):
