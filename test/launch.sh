@@ -57,12 +57,22 @@ done
 # the machine
 python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || command -v python3 || command -v python || true)}
 [ -n "$python" ] || complain "there is no Python: install it, or name it: PYTHON=/path/to/python bash $0"
+own=''
+if [ "$nnodes" -gt 1 ]; then    # by which address this machine is reached: its name need not be known to the others
+    own=$("$python" -c 'import socket, sys
+probe = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, socket.SOCK_DGRAM)
+probe.connect((sys.argv[1], int(sys.argv[2])))
+print(probe.getsockname()[0])' "$master_ip" "$master_port") || complain "--master_ip=$master_ip: no way leads there from this machine"
+    [[ $own != 127.* || $master_ip == 127.* || $master_ip == localhost ]] \
+        || complain "--master_ip=$master_ip is $own on this machine, which no other one can reach: give its address instead of its name"
+fi
+if [ -d /usr/local/Ascend ] || [ -f /etc/Ascend/ascend_cann_install.info ] || [ -d "${HOME:-}/Ascend" ] \
+        || [ -n "${ASCEND_HOME_PATH:-}" ]; then
+    source "$here/env_npu.sh"    # for --device=cpu, too: torch_npu is loaded with torch
+fi
 case "$device" in
     cpu) export ACCELERATE_USE_CPU=true ;;
     auto | npu | cuda)
-        if [ -d /usr/local/Ascend ] || [ -f /etc/Ascend/ascend_cann_install.info ] || [ -n "${ASCEND_HOME_PATH:-}" ]; then
-            source "$here/env_npu.sh"
-        fi
         found=$(PYTHONPATH="$root:${PYTHONPATH:-}" "$python" -c 'from library.training import devices; print(devices.best())') \
             || complain "PyTorch does not start in $python: its words are above"
         [ "$device" = auto ] || [ "$device" = "$found" ] || complain "--device=$device: PyTorch finds no such device here, but $found"
@@ -86,11 +96,6 @@ if [ $((nnodes * nproc_per_node)) -eq 1 ] && [ "$max_restarts" -eq 0 ]; then
 elif [ "$nnodes" -eq 1 ]; then    # finds a free port
     launcher=("$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc_per_node" --max_restarts="$max_restarts")
 elif [ "$max_restarts" -gt 0 ]; then    # machines that meet anew when one of them has lost a worker
-    # by which address this machine is reached: its name need not be known to the others
-    own=$("$python" -c 'import socket, sys
-probe = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, socket.SOCK_DGRAM)
-probe.connect((sys.argv[1], int(sys.argv[2])))
-print(probe.getsockname()[0])' "$master_ip" "$master_port") || complain "--master_ip=$master_ip: no way leads there from this machine"
     launcher=("$python" -m torch.distributed.run --nnodes="$min_nodes:$nnodes" --nproc_per_node="$nproc_per_node"
               --max_restarts="$max_restarts" --rdzv_backend=c10d --rdzv_endpoint="$master_ip:$master_port" --rdzv_id="$case_name"
               --local_addr="$own"
@@ -107,17 +112,21 @@ if [ -d "$dataset_name" ]; then flags+=(--train_data_dir "$dataset_name"); else 
 [ "$max_restarts" -eq 0 ] || flags+=(--resume_from_checkpoint latest)
 [ "$device" != npu ] || [ "$mixed_precision" = no ] || flags+=(--enable_npu_flash_attention)
 
-# the run
+# the run; one that is taken up adds to what it said before
 log=$output_path/train_$node_rank.log
+add=
+if [ "$max_restarts" -gt 0 ] || [[ " ${passed[*]-} " == *" --resume_from_checkpoint"* ]]; then add=-a; fi
+before=$(cat "$output_path/metrics.jsonl" 2>/dev/null || true)    # of a run that this launch goes on with
 begin=$(date +%s.%N)
 status=0
 "${launcher[@]}" "$root/$script" "${flags[@]}" ${script_flags[@]+"${script_flags[@]}"} ${passed[@]+"${passed[@]}"} 2>&1 \
-    | tee "$log" || status=$?
+    | tee $add "$log" || status=$?
 end=$(date +%s.%N)
 if [ "$status" -ne 0 ]; then
     echo "error: training ended with status $status; all it said is in $log" >&2
     exit "$status"
 fi
 if [ "$node_rank" -eq 0 ]; then
-    "$python" "$here/result.py" "$output_path" --network "$network" --seconds "$(echo "$begin $end" | awk '{print $2 - $1}')"
+    "$python" "$here/result.py" "$output_path" --network "$network" --seconds "$(echo "$begin $end" | awk '{print $2 - $1}')" \
+        --before /dev/stdin <<< "$before"
 fi

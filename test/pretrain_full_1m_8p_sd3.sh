@@ -10,5 +10,6 @@ batch_size=4
 resolution=1024,1024
 max_train_epoch=120
 nproc_per_node=8
-script_flags=(--enable_bucket --gradient_checkpointing --learning_rate 1e-6 --lr_scheduler cosine_with_restarts --lr_warmup_steps 0)
+script_flags=(--enable_bucket --gradient_checkpointing --learning_rate 1e-6 --lr_scheduler cosine_with_restarts --lr_warmup_steps 0
+              --optimizer_sharding zero1)    # AdamW's moments once for all processes, not once for each
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
