@@ -208,7 +208,10 @@ def from_groups(args, groups: list[dict], device: str, embeddings: set[int] = fr
             chosen := [p for p in group["params"] if (p.ndim == 2 and id(p) not in embeddings) == wanted])]
     if entry.path == "torch.optim.AdamW":
         groups = [group | {"fused": name == "adamw_fused" or devices.fused_adamw(device)} for group in groups]
-    return _make(args, groups, sharding_of(args) if processes.world() > 1 else None)
+    kind = sharding_of(args) if processes.world() > 1 else None
+    for p in (p for group in groups for p in group["params"] if kind):    # text encoders are there already, the rest is not
+        p.data = p.data.to(device)
+    return _make(args, groups, kind)
 
 
 def _class(entry: Entry) -> type:
