@@ -52,13 +52,18 @@ def on(machine: tuple[str, str], command: list[str]) -> list[str]:
 
 
 def environment(machine: tuple[str, str]) -> dict[str, str]:
-    """What gloo needs to know there: the network device that leads to the others."""
+    """The network device that leads to the others, by the names under which users give it to gloo; it is found without, too."""
     return {"GLOO_SOCKET_IFNAME": machine[1], "TP_SOCKET_IFNAME": machine[1]}
 
 
 def cut(machine: tuple[str, str]) -> None:
     """Pull the cable."""
     _ip("-n", machine[0], "link", "set", machine[1], "down")
+
+
+def plug(machine: tuple[str, str]) -> None:
+    """Put it in again."""
+    _ip("-n", machine[0], "link", "set", machine[1], "up")
 
 
 def processes(machine: tuple[str, str]) -> dict[int, list[str]]:

@@ -1,10 +1,12 @@
 """This process among the others of the run: rank, share of the work, exchange. One process without a launcher."""
 
+import contextlib
 import os
 import socket
 import uuid
 from pathlib import Path
 
+import psutil
 import torch.distributed as dist
 
 from library.errors import UserError
@@ -29,6 +31,34 @@ def is_main() -> bool:
 def host() -> str:
     """The name of this machine."""
     return socket.gethostname()
+
+
+def machine() -> str:
+    """What no other machine has in common with this one: several may have one name."""
+    with contextlib.suppress(OSError):
+        return f"{host()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    return host()
+
+
+def face_others() -> None:
+    """Have gloo use the network device by which the first process is reached, where there are other machines and none is set.
+
+    By itself it takes the address that this machine's own name has: none, or one that no other machine can reach (Debian's
+    127.0.1.1), and no two machines find each other.
+    """
+    first, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not first or "GLOO_SOCKET_IFNAME" in os.environ or launched() == int(os.environ.get("LOCAL_WORLD_SIZE", launched())):
+        return
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(first, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)    # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:    # whoever waits for that machine will say so
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == own.partition("%")[0] for each in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def gather(values: list, faulty: bool = False) -> list:
@@ -66,11 +96,11 @@ def team(folder: Path) -> list[int]:
     if world() == 1:
         return [0]
     probe, written = Path(folder) / f".tmp{uuid.uuid4().hex}", None
-    place = (host(), rank())
+    place = (machine(), rank())
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         status = probe.parent.stat()
-        place = (host(), status.st_dev, status.st_ino)
+        place = (machine(), status.st_dev, status.st_ino)
         probe.touch()
         written = probe.name
     except OSError:

@@ -17,6 +17,8 @@ import time
 import uuid
 from importlib import import_module
 
+import torch.distributed as dist
+
 from library import errors
 from library.training import processes
 
@@ -29,7 +31,10 @@ _watch: "_Watch | None" = None
 
 @contextlib.contextmanager
 def arriving(limit: float):
-    """Within this context the processes of a run come together; one that still waits after `limit` seconds ends."""
+    """Within this context the processes of a run come together; one that still waits after `limit` seconds ends.
+
+    Raises `UserError` where they cannot connect to each other.
+    """
     if processes.launched() == 1:
         yield
         return
@@ -42,6 +47,13 @@ def arriving(limit: float):
     timer.start()
     try:
         yield
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        raise errors.UserError(
+            f"host {processes.host()} does not reach the others of this run ({str(error).partition(chr(10))[0][:300]}). All "
+            "ports between machines have to be open; GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME, HCCL_SOCKET_IFNAME) names the "
+            "network device that leads there") from None
     finally:
         timer.cancel()
 
@@ -56,7 +68,8 @@ def start(limit: float) -> None:
         _watch.limit = limit
         return
     space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
-    everyone = processes.gather([{"host": processes.host(), "pid": os.getpid(), "space": space, "token": uuid.uuid4().hex}])
+    everyone = processes.gather([{"host": processes.host(), "machine": processes.machine(), "pid": os.getpid(), "space": space,
+                                  "token": uuid.uuid4().hex}])
     _watch = _Watch(store, everyone, limit)
     processes.meet()    # all have said something: reading waits for nobody
     _watch.run()
@@ -74,9 +87,17 @@ def progress(detail: str) -> None:
         _watch.detail = f", {detail}"
 
 
+def _connected(store):
+    """A connection of its own to a store, which a thread may use."""
+    if hasattr(store, "clone"):    # from torch 2.8 on
+        return store.clone()
+    of = store._underlying_non_prefix_store
+    return dist.TCPStore(of.host, of.port, is_master=False, wait_for_workers=False)
+
+
 class _Watch:
     def __init__(self, store, everyone: list[dict], limit: float):
-        self.of, self.store, self.everyone, self.limit = store, store.clone(), everyone, limit
+        self.of, self.store, self.everyone, self.limit = store, _connected(store), everyone, limit
         self.rank, self.pid, self.others = processes.rank(), os.getpid(), set(range(len(everyone))) - {processes.rank()}
         self.phase, self.detail, self.place = "the start", "", 0
         self.farewell = self.verdict = None
@@ -147,7 +168,7 @@ class _Watch:
                 os._exit(1)
             if not self.farewell and not self.lost and (silent := self._silent()):
                 self._end(silent)
-            if self.rank == 0 and not self.farewell:
+            if self.rank == 0 and not (self.farewell or self.verdict):
                 self._name_late()
 
     def _watch_all(self) -> None:
@@ -173,7 +194,7 @@ class _Watch:
     def _is_gone(self, rank: int) -> bool:
         """Whether a process of this machine has been gone for some beats; what it said last has then been heard."""
         one, own = self.everyone[rank], self.everyone[self.rank]
-        if (one["host"], one["space"]) != (own["host"], own["space"]) or not one["space"]:
+        if (one["machine"], one["space"]) != (own["machine"], own["space"]) or not one["space"]:
             return False
         try:
             with open(f"/proc/{one['pid']}/stat") as file:
@@ -212,7 +233,7 @@ class _Watch:
 
     def _speaks(self, silent: dict[int, str]) -> bool:
         """Whether this is the first living process of its machine."""
-        here = [rank for rank, one in enumerate(self.everyone) if one["host"] == self.everyone[self.rank]["host"]]
+        here = [rank for rank, one in enumerate(self.everyone) if one["machine"] == self.everyone[self.rank]["machine"]]
         return self.rank == min(rank for rank in here if rank == self.rank or not (rank in silent or rank in self._gone))
 
     def _name_late(self) -> None:

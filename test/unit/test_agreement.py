@@ -1,10 +1,12 @@
 """Processes that disagree are refused at the start, and told what differs, where. Here they are threads."""
 
+import os
 import threading
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from library.data.specs import Fixed, Origin, Spec
@@ -31,7 +33,7 @@ def among(monkeypatch):
             return [value for _, part in parts for value in part]
 
         for name, value in (("rank", lambda: own.rank), ("world", lambda: world), ("gather", gather),
-                            ("host", lambda: "abcdefgh"[own.rank // 2])):
+                            ("host", lambda: "abcdefgh"[own.rank // 2]), ("machine", lambda: f"boot {own.rank // 2}")):
             monkeypatch.setattr(processes, name, value)
 
         def run(rank):
@@ -173,3 +175,22 @@ def test_the_output_is_one_folder(among, tmp_path):
     assert among(4, lambda rank: agreement.check_output(tmp_path)) == [None] * 4
     said = refused(among(4, lambda rank: agreement.check_output(tmp_path / str(rank // 2))))
     assert "rank 2 (host b) does not see what rank 0 (host a) writes there" in said
+
+
+def test_machines_are_told_apart_and_face_each_other(monkeypatch):
+    """By more than their names; gloo listens where the first process is reached, and only if there are several machines."""
+    name = processes.machine()
+    assert name == processes.machine() and name.startswith(processes.host()) and len(name) > len(processes.host()) + 30
+    monkeypatch.setattr(processes, "host", lambda: "localhost")
+    assert processes.machine() != name
+    loopback = next(name for name, found in psutil.net_if_addrs().items() if any(one.address == "127.0.0.1" for one in found))
+    usual = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "7000", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    for other, faced in (({}, loopback), ({"LOCAL_WORLD_SIZE": "2"}, None), ({"LOCAL_WORLD_SIZE": None}, None),
+                         ({"MASTER_ADDR": "none.invalid"}, None), ({"MASTER_ADDR": None}, None),
+                         ({"GLOO_SOCKET_IFNAME": "eth7"}, "eth7")):
+        with monkeypatch.context() as patch:
+            patch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+            for key, value in (usual | other).items():
+                patch.delenv(key, raising=False) if value is None else patch.setenv(key, value)
+            processes.face_others()
+            assert os.environ.pop("GLOO_SOCKET_IFNAME", None) == faced

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from forks import free_port, until
 
 from library import errors
-from library.training import signals, watch
+from library.training import processes, signals, watch
 
 HOST = socket.gethostname()
 BEAT, PATIENCE = 0.1, 1.5
@@ -26,6 +26,8 @@ def work(rank: int, kind: str, port: int, folder, limit: float, world: int) -> N
     os.dup2(handle, 2)    # what torch says, too
     sys.stderr = open(handle, "w", buffering=1, closefd=False)
     watch.BEAT, watch.PATIENCE, sys.argv = BEAT, PATIENCE, ["train.py"]
+    if kind == "killed elsewhere" and rank == world - 1:
+        processes.machine = lambda: "another one of the same name"
     sys.excepthook = sys.__excepthook__
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     watch.start(limit)
@@ -56,7 +58,7 @@ def happen(kind: str, folder) -> None:
     elif kind in ("held", "asked"):
         (folder / "here").touch()
         os.kill(os.getpid(), signal.SIGSTOP)
-    elif kind == "killed":
+    elif kind.startswith("killed"):
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "main killed":
         time.sleep(1)    # the others are in the collective by now
@@ -101,6 +103,14 @@ def test_one_is_killed(run):
         f"train.py: error: rank 2 (host {HOST}, process {going[2].pid}) is gone: it was killed, or has crashed; last heard of at "
         "the data of step 3. This run ends; --resume_from_checkpoint latest takes it up from its last checkpoint")
     assert said[1] == "", "one says it"
+
+
+def test_one_is_killed_on_another_machine_of_the_same_name(run):
+    """Process ids of another machine mean nothing here: one that lives there may be absent here."""
+    going, ends = run("killed elsewhere", 60)
+    codes, said = ends()
+    assert codes == [1, 1, -signal.SIGKILL] and said[1] == ""
+    assert f"rank 2 (host {HOST}, process {going[2].pid}) has not answered for 1.5 s: it is dead, or its machine" in said[0]
 
 
 def test_the_main_process_is_killed_which_holds_the_store(run, tmp_path):
@@ -178,3 +188,26 @@ def test_a_process_that_nobody_joins(tmp_path, monkeypatch):
     assert process.exitcode == 1
     said = (tmp_path / "said").read_text()
     assert "error: not all of the 2 processes that were launched have come within 0.5 s" in said and "10.0.0.1:7000" in said
+
+
+def test_machines_that_do_not_reach_each_other(monkeypatch):
+    """As where a firewall is between them; what has nothing to do with that is no mistake of the user."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(errors.UserError, match="does not reach the others of this run .*Connection refused.* All ports"):
+        with watch.arriving(60):
+            raise RuntimeError("Gloo connectFullMesh failed with SO_ERROR: Connection refused, remote=[10.0.0.1]:32668\nx")
+    with pytest.raises(RuntimeError, match="out of memory"), watch.arriving(60):
+        raise RuntimeError("out of memory")
+
+
+def test_a_store_of_an_older_torch_gets_a_connection_of_its_own():
+    """2.7's stores have no `clone`."""
+    class Older:
+        _underlying_non_prefix_store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    stores = [watch._connected(store) for store in (Older(), dist.PrefixStore("a", Older._underlying_non_prefix_store))]
+    stores[0].set("here", "1")
+    stores[1].set("here", "2")
+    Older._underlying_non_prefix_store.set("there", "3")
+    assert [stores[0].get("here"), stores[1].get("here"), stores[0].get("there")] == [b"1", b"2", b"3"]
+    assert Older._underlying_non_prefix_store not in stores
