@@ -61,7 +61,8 @@ def test_a_permutation_and_a_sign_are_seen_though_every_moment_is_the_same():
 
 
 @pytest.mark.parametrize("tensor", [torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last), torch.tensor(-3),
-                                    torch.randn(5, 8).bfloat16(), torch.tensor([True, False]), torch.randn(9, 4).T], ids=str)
+                                    torch.randn(5, 8).bfloat16(), torch.tensor([True, False]), torch.randn(9, 4).T],
+                         ids=["channels_last", "integer", "bf16", "bool", "transposed"])
 def test_statistics_are_those_of_the_values_whatever_their_type_and_layout(tensor):
     values, found = tensor.double().numpy(), rows(tensor)[0]
     expected = [np.linalg.norm(values), values.mean(), values.std(), abs(values).max()]
