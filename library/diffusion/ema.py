@@ -14,6 +14,9 @@ class EMA:
     def __init__(self, network: torch.nn.Module, most: float):
         self.most, self.updates = most, 0
         self.averages = {name: p.detach().clone().float() for name, p in _trained(network)}
+        for name, p in _trained(network):
+            if hasattr(p, "ds_shape"):
+                self.averages[name].ds_shape = p.ds_shape
 
     def decay(self) -> float:
         """Decay of the latest update."""
@@ -50,5 +53,5 @@ def _copy(values: dict[str, torch.Tensor], network: torch.nn.Module) -> None:
 
 
 def _trained(network: torch.nn.Module):
-    """(name, parameter) of what a gradient changes."""
-    return ((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)
+    """(name, parameter) of what a gradient changes; of DeepSpeed's ZeRO 3, the part of it that this process holds."""
+    return ((name, getattr(p, "ds_tensor", p)) for name, p in network.named_parameters() if p.requires_grad)

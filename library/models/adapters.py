@@ -212,7 +212,7 @@ def trained(network: nn.Module) -> dict[str, nn.Parameter]:
 
 def state_dict(network: nn.Module) -> dict[str, Tensor]:
     """The adapter's own tensors (not copies: take them once the network is on its device), trained or not, for a restart."""
-    return {name: tensor.detach() for name, tensor in network.named_parameters()
+    return {name: getattr(tensor, "ds_tensor", tensor.detach()) for name, tensor in network.named_parameters()    # ZeRO 3's part
             if name.startswith("lycoris.") or (NAME in name.split(".") and ".base_layer." not in name)}
 
 

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from tqdm import tqdm
 
 from library.errors import UserError
-from library.training import agreement, checkpoints, devices, processes, sharding, watch
+from library.training import agreement, checkpoints, deepspeed_engine, devices, processes, sharding, watch
 
 
 def calm() -> None:
@@ -42,6 +42,7 @@ def start(args) -> Accelerator:
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     devices.check_precision(precision, device)
     devices.check_attention(args.attention_mechanism, precision, device)
+    deepspeed_engine.check_installed(device)
     processes.face_others()
     with watch.arriving(args.rank_timeout):
         accelerator = Accelerator(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from library.data.cache import os_error, sync
 from library.errors import UserError
-from library.training import optimizer_state, processes, sharding
+from library.training import deepspeed_engine, optimizer_state, processes, sharding
 
 NAME = re.compile(r"checkpoint-(\d+)")
 ADAPTER = "adapter.safetensors"
@@ -63,10 +63,11 @@ class State:
 
         state_bytes: what the optimizer keeps for each trained parameter.
         """
-        weights = sum(p.nbytes for network in self.networks.values() for p in network.parameters())
-        weights += sum(p.nbytes for p in self.adapter.values())
-        trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
-        need = weights + trained * state_bytes + (sum(p.nbytes for p in self.average.averages.values()) if self.average else 0)
+        everything = [p for network in self.networks.values() for p in network.parameters()] + [*self.adapter.values()]
+        trained = [p for p in everything if p.requires_grad or self.adapter]    # an adapter's tensors are detached
+        averages = self.average.averages.values() if self.average else ()
+        need = sum(sharding.numel(p) * p.element_size() for p in (*everything, *averages))
+        need += state_bytes * sum(map(sharding.numel, trained))
         free = shutil.disk_usage(output_dir).free
         if free < need:
             raise UserError(f"a checkpoint takes {need / 2**30:.1f} GB and the disk of --output_dir {output_dir} has "
@@ -142,6 +143,7 @@ class State:
         with torch.no_grad():
             for name, parameter in self.adapter.items():
                 parameter.copy_(sharding.like(kept[name], parameter))
+        deepspeed_engine.take_weights(self.optimizer)
 
     def _load_optimizer(self, optimizer: dict, lr_schedule: dict) -> None:
         """Moments and position of the schedule are the checkpoint's; rates, betas and decay those of this run's flags."""

@@ -12,7 +12,7 @@ import inspect
 import torch
 import torch.distributed as dist
 
-from library.training import processes, sharding
+from library.training import deepspeed_engine, processes, sharding
 
 
 def share_out(kind: str, optimizer_class: type, groups: list[dict], keywords: dict) -> torch.optim.Optimizer:
@@ -35,7 +35,8 @@ def bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def part_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that this process steps: of its part of the parameters where they are shared out, else of all."""
-    return getattr(bare(optimizer), "optim", bare(optimizer))
+    inner = bare(optimizer)
+    return inner.optimizer if deepspeed_engine.shares(inner) else getattr(inner, "optim", inner)
 
 
 def gather_state(optimizer: torch.optim.Optimizer) -> dict:
@@ -44,6 +45,8 @@ def gather_state(optimizer: torch.optim.Optimizer) -> dict:
     Moments go to the main process one parameter at a time, over main memory.
     """
     inner, part = bare(optimizer), part_of(optimizer)
+    if deepspeed_engine.shares(inner):
+        return deepspeed_engine.gather_state(inner)
     saved = part.state_dict()
     if part is inner:
         return saved | {"state": {number: {name: sharding.whole(value) for name, value in moments.items()}
@@ -76,8 +79,9 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     names = inspect.signature(type(part)).parameters.keys() | {"initial_lr", "betas", "beta1", "beta2", "beta3", "eps"}
     own = [{name: value for name, value in group.items() if name in names - {"params"} and value is not None}
            for group in part.param_groups]
-    part.load_state_dict(_part_of_state(inner, part, saved))
-    device = next(_parameters(inner)).device
+    with deepspeed_engine.stepped(inner):
+        part.load_state_dict(_part_of_state(inner, part, saved))
+        device = next(_parameters(inner)).device
     for group, settings, shown in zip(part.param_groups, own, inner.param_groups, strict=True):
         group.update({name: value.to(device) for name, value in group.items()
                       if isinstance(value, torch.Tensor) and value.is_floating_point()} | settings)
@@ -89,6 +93,8 @@ def _part_of_state(inner: torch.optim.Optimizer, part: torch.optim.Optimizer, sa
 
     fairscale's and torch's own load_state_dict keep a second copy of the moments.
     """
+    if deepspeed_engine.shares(inner):
+        return deepspeed_engine.part_of_state(inner, saved)
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     if sizes != [len(group["params"]) for group in inner.param_groups]:
         raise ValueError(f"its optimizer has groups of {sizes} parameters, not those of this run")

@@ -11,7 +11,7 @@ import os
 import torch
 
 from library.errors import UserError
-from library.training import processes
+from library.training import deepspeed_engine, processes
 
 FSDP_OPTIMIZERS = ("adamw", "adamw_fused", "adamw_bf16", "sgd", "lion", "ademamix", "adamw-schedulefree", "radam-schedulefree",
                    "sgd-schedulefree", "optimi-")    # tried: their steps on shares are those on the whole
@@ -43,8 +43,8 @@ def check(accelerator, args) -> None:
     if given == "FSDP":
         _check_fsdp(accelerator, args)
     elif given == "DEEPSPEED":
-        raise UserError("DeepSpeed keeps weights and moments in a form of its own, from which no checkpoint is written here yet: "
-                        "FSDP2 shares out the same, with config/accelerate/fsdp2.yaml")
+        deepspeed_engine.check(accelerator, args)
+        deepspeed_engine.prepare(accelerator, args)
 
 
 def _check_fsdp(accelerator, args) -> None:
@@ -73,21 +73,35 @@ def shares_optimizer(args) -> bool:
 
 def is_share(tensor) -> bool:
     """Whether a tensor is this process's share of a larger one."""
-    return hasattr(tensor, "full_tensor")
+    return hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_shape")
+
+
+def numel(tensor: torch.Tensor) -> int:
+    """How many elements the whole of a tensor has."""
+    return getattr(tensor, "ds_shape", tensor.shape).numel()
 
 
 def whole(tensor):
     """A tensor whose share each process holds, on the CPU of the main process and None on others; any other value as it is."""
     if not is_share(tensor):
         return tensor
-    full = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()    # what was sent to main memory comes back for it
+    full = _full(tensor)
     return full.cpu() if processes.is_main() else None
+
+
+def _full(share: torch.Tensor) -> torch.Tensor:
+    """A whole tensor on every process's device: what was sent to main memory comes back for it."""
+    if hasattr(share, "ds_shape"):
+        return deepspeed_engine.whole(share)
+    return share.detach().to(share.device_mesh.device_type).full_tensor()
 
 
 def like(value: torch.Tensor, own) -> torch.Tensor:
     """A whole tensor, which every process has, cut into shares as `own` is; as it is if `own` is whole."""
     if not is_share(own):
         return value
+    if hasattr(own, "ds_shape"):
+        return deepspeed_engine.like(value, own)
     from torch.distributed.tensor import distribute_tensor
     mesh = own.device_mesh
     return distribute_tensor(value.to(mesh.device_type), mesh, own.placements, src_data_rank=None).to(own.device)
@@ -100,7 +114,8 @@ def gather(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def state_dict(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The whole state_dict of a bare network, on the main process."""
-    return gather(network.state_dict())
+    state = network.state_dict(keep_vars=True)    # detached, a share would not know its whole
+    return gather({name: value if is_share(value) else value.detach() for name, value in state.items()})
 
 
 def whole_network(network: torch.nn.Module):
@@ -132,7 +147,9 @@ def kind_of(network: torch.nn.Module) -> type:
 
 def clip_grad_norm(accelerator, parameters: list[torch.nn.Parameter], most: float) -> torch.Tensor:
     """Scale the gradients (of fp16, unscaled before) down to a norm of `most` -> the norm before, over all processes' shares."""
-    if not any(is_share(p) for p in parameters):
+    if getattr(accelerator.distributed_type, "value", "NO") == "DEEPSPEED":
+        norm = deepspeed_engine.norm_of(accelerator)
+    elif not any(is_share(p) for p in parameters):
         norm = accelerator.clip_grad_norm_(parameters, most)
     else:    # accelerate's own compares lists of shares, element by element where their order differs
         accelerator.unscale_gradients()
@@ -146,6 +163,10 @@ def callable_alone(network: torch.nn.Module):
 
     Of FSDP2: every process holds all weights meanwhile, in the precision of the forward pass.
     """
+    if any(hasattr(p, "ds_shape") for p in network.parameters()):
+        with deepspeed_engine.callable_alone(network):
+            yield
+        return
     parts = [module for module in network.modules() if hasattr(module, "unshard")]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -167,8 +188,7 @@ def whole_weights(network: torch.nn.Module, names: set[str]):
             if f"{path}.{name}" in names and is_share(parameter):
                 cut.append((module, name, parameter))
     for module, name, parameter in cut:
-        full = parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
-        module._parameters[name] = torch.nn.Parameter(full, requires_grad=parameter.requires_grad)
+        module._parameters[name] = torch.nn.Parameter(_full(parameter), requires_grad=parameter.requires_grad)
     try:
         yield
     finally:

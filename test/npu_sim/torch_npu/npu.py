@@ -130,6 +130,10 @@ def mem_get_info(device=None):
     return total - memory_allocated(device), total
 
 
+def FloatTensor(values):    # DeepSpeed's name for it
+    return torch.tensor(values, dtype=torch.float32, device="npu")
+
+
 def empty_cache():
     pass
 
