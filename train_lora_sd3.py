@@ -100,7 +100,7 @@ def main(args):
     facts = {"seed": seed, "global_batch": args.train_batch_size * batches_a_step}
     if found:
         notes += [f"going on from {found.path}", *checkpoints.compare_flags(found, vars(args), facts)]
-    running.open_output(output, base.path)
+    running.open_output(output, base.path, found)
     trackers = running.Trackers(args, output)
 
     # data: every image and caption is looked at; what is encoded once need not be encoded again

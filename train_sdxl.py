@@ -82,7 +82,7 @@ def main(args):
     if found:
         sdxl.check_same_unet(base, found.path)
         notes += [f"going on from {found.path}", *checkpoints.compare_flags(found, vars(args), facts)]
-    running.open_output(output, base.path)
+    running.open_output(output, base.path, found)
     trackers = running.Trackers(args, output)
 
     # data: every image and caption is looked at; what is encoded once need not be encoded again

@@ -6,7 +6,7 @@ if [ -z "${ASCEND_HOME_PATH:-}" ]; then    # else its set_env.sh has been source
     for each in "${cann:-/usr/local/Ascend}" "${HOME:-}/Ascend"; do
         for kit in ascend-toolkit cann nnae; do
             if [ -f "$each/$kit/set_env.sh" ]; then
-                set +u; source "$each/$kit/set_env.sh"; set -u    # CANN's own script reads variables that are not set
+                set +eu; source "$each/$kit/set_env.sh"; set -eu    # it reads variables that are not set, and tries commands that fail
                 break 2
             fi
         done

@@ -24,7 +24,15 @@ known=" model_name vae_name dataset_name batch_size resolution mixed_precision m
 passed=()
 while [ $# -gt 0 ]; do
     name=${1%%=*} name=${name#--}
-    case "$name" in master_addr) name=master_ip ;; max_train_epochs | num_train_epochs) name=max_train_epoch ;; esac
+    case "$name" in    # the training scripts' names of the same
+        master_addr) name=master_ip ;;
+        max_train_epochs | num_train_epochs) name=max_train_epoch ;;
+        train_batch_size) name=batch_size ;;
+        output_dir) name=output_path ;;
+        train_data_dir) name=dataset_name ;;
+        pretrained_model_name_or_path) name=model_name ;;
+        vae | pretrained_vae_model_name_or_path) name=vae_name ;;
+    esac
     if [[ $1 == --* && $known == *[[:space:]]"$name"[[:space:]]* ]]; then
         if [[ $1 == *=* ]]; then
             value=${1#*=}
@@ -52,7 +60,11 @@ done
 [ "$min_nodes" -eq "$nnodes" ] || [ "$max_restarts" -gt 0 ] || complain "--min_nodes needs --max_restarts: the others start again"
 [ "$nnodes" -eq 1 ] || [ -n "$master_ip" ] || complain "--master_ip is missing: the address of the machine with --node_rank=0, on all machines"
 [ -n "$model_name" ] || complain "--model_name is missing: the folder of the base model, or its name on the hub"
-[ -n "$dataset_name" ] || complain "--dataset_name is missing: the folder of the images, or the name of a data set on the hub"
+other_data=false
+for word in ${passed[@]+"${passed[@]}"}; do
+    case "${word%%=*}" in --data_backend_config | --dataset_config | --instance_data_dir) other_data=true ;; esac
+done
+$other_data || [ -n "$dataset_name" ] || complain "--dataset_name is missing: the folder of the images, or the name of a data set on the hub"
 
 # the machine
 python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || command -v python3 || command -v python || true)}
@@ -73,7 +85,11 @@ fi
 case "$device" in
     cpu) export ACCELERATE_USE_CPU=true ;;
     auto | npu | cuda)
-        found=$(PYTHONPATH="$root:${PYTHONPATH:-}" "$python" -c 'from library.training import devices; print(devices.best())') \
+        found=$(PYTHONPATH="$root:${PYTHONPATH:-}" "$python" -c 'from library import errors
+errors.explain_imports("launch.sh")
+with errors.exit_on_user_error("launch.sh"):
+    from library.training import devices
+    print(devices.best())' | tail -n 1) \
             || complain "PyTorch does not start in $python: its words are above"
         [ "$device" = auto ] || [ "$device" = "$found" ] || complain "--device=$device: PyTorch finds no such device here, but $found"
         device=$found
@@ -106,21 +122,22 @@ else
 fi
 flags=(--pretrained_model_name_or_path "$model_name" --train_batch_size "$batch_size" --resolution "$resolution"
        --mixed_precision "$mixed_precision" --num_train_epochs "$max_train_epoch" --output_dir "$output_path" --seed 1)
-if [ -d "$dataset_name" ]; then flags+=(--train_data_dir "$dataset_name"); else flags+=(--dataset_name "$dataset_name"); fi
+if $other_data; then :
+elif [ -d "$dataset_name" ]; then flags+=(--train_data_dir "$dataset_name"); else flags+=(--dataset_name "$dataset_name"); fi
 [ -z "$vae_name" ] || flags+=(--pretrained_vae_model_name_or_path "$vae_name")
 [ -z "$max_train_steps" ] || flags+=(--max_train_steps "$max_train_steps")
 [ "$max_restarts" -eq 0 ] || flags+=(--resume_from_checkpoint latest)
-[ "$device" != npu ] || [ "$mixed_precision" = no ] || flags+=(--enable_npu_flash_attention)
+[ "$device" != npu ] || [ "$mixed_precision" = no ] || flags+=(--attention_mechanism npu)
 
 # the run; one that is taken up adds to what it said before
 log=$output_path/train_$node_rank.log
 add=
-if [ "$max_restarts" -gt 0 ] || [[ " ${passed[*]-} " == *" --resume_from_checkpoint"* ]]; then add=-a; fi
+if [ "$max_restarts" -gt 0 ] || [[ " ${passed[*]-} " == *" --resume"* ]]; then add=-a; fi
 before=$(cat "$output_path/metrics.jsonl" 2>/dev/null || true)    # of a run that this launch goes on with
 begin=$(date +%s.%N)
 status=0
 "${launcher[@]}" "$root/$script" "${flags[@]}" ${script_flags[@]+"${script_flags[@]}"} ${passed[@]+"${passed[@]}"} 2>&1 \
-    | tee $add "$log" || status=$?
+    | (trap '' INT TERM; exec tee $add "$log") || status=$?    # it outlives a stop, whose last words would break the training
 end=$(date +%s.%N)
 if [ "$status" -ne 0 ]; then
     echo "error: training ended with status $status; all it said is in $log" >&2

@@ -54,7 +54,8 @@ def made(name: str, kind: str):
 
 def train(net, optimizer, first: int, steps: int, most: float = 0.5) -> list[dict]:
     """Steps on data that differ from process to process -> whole gradients of each, after clipping."""
-    gradients, accelerator = [], SimpleNamespace(unscale_gradients=lambda: None, clip_grad_norm_=torch.nn.utils.clip_grad_norm_)
+    gradients, accelerator = [], SimpleNamespace(
+        distributed_type="NO", unscale_gradients=lambda: None, clip_grad_norm_=torch.nn.utils.clip_grad_norm_)
     for step in range(first, first + steps):
         draw = torch.Generator().manual_seed(10 * step + dist.get_rank())
         x, y = torch.randn(8, 4, 4, 4, generator=draw), torch.randn(8, 10, generator=draw)

@@ -58,7 +58,7 @@ class Store:
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as fault:
                 self.damaged.append(f"{shard.name}: {fault}")
                 state.pop(shard.name, None)
-                if self.leads:
+                if self.leads and not isinstance(fault, OSError):    # shared storage may fail for a moment
                     _discard(shard)
                 continue
             keys += names
@@ -156,7 +156,7 @@ def fill(store: Store, groups: list, load, encode, advance) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a small file under a temporary name and rename it: it is the old one or the new one, never half of one."""
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.tmp")    # process ids are alike on several machines
     try:
         partial.write_bytes(content)
         os.replace(partial, path)

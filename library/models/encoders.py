@@ -162,7 +162,7 @@ class Encoders:
         """Encode the prompts of a batch on the device that were not cached -> the batch with its prompt embeddings."""
         if not any(ids in batch for ids in IDS):
             return batch
-        with torch.set_grad_enabled(bool(self.trained)):
+        with torch.set_grad_enabled(bool(self.trained) and torch.is_grad_enabled()):
             called = [(self._called.get(part) or self.text_encoder(part)) if ids in batch else None
                       for ids, part in zip(IDS, self.parts, strict=False)]
             fields = self.model.encode_prompts(batch, called, **self.options)

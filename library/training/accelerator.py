@@ -41,6 +41,7 @@ def start(args) -> Accelerator:
     device = devices.best()
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     devices.check_precision(precision, device)
+    devices.check_count(device)
     devices.check_attention(args.attention_mechanism, precision, device)
     deepspeed_engine.check_installed(device)
     processes.face_others()
@@ -49,7 +50,9 @@ def start(args) -> Accelerator:
             cpu=device == "cpu", mixed_precision=precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
             # one process may decode for hours while another is done: no collective may give up on it, as `watch` does that
             kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=7)),
-                             DistributedDataParallelKwargs(gradient_as_bucket_view=True)])    # else DDP keeps a second copy
+                             # DDP keeps no second copy of the gradients, and sends no buffers, which are constants: it would do
+                             # so at each evaluation of a trained text encoder, and processes make unlike numbers of those
+                             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)])
     wanted = processes.launched()
     if accelerator.num_processes != wanted:
         raise UserError(f"{wanted} processes were launched, but accelerate made {accelerator.num_processes} of them one run: "
@@ -62,7 +65,9 @@ def start(args) -> Accelerator:
         say("accelerate launch has started one process: it starts several only for --multi_gpu, on CPUs and one GPU, too")
     watch.start(args.rank_timeout)
     agreement.check_start(args, device)
+    agreement.check_engine(accelerator)
     sharding.check(accelerator, args)
+    sharding.prepare(accelerator, args)
     if args.allow_tf32:
         devices.allow_tf32(device)
     devices.try_attention(args.attention_mechanism, precision, accelerator.device)
@@ -109,8 +114,11 @@ def command() -> str:
     return shlex.join(words)
 
 
-def open_output(output_dir: Path, base: Path) -> None:
-    """Make OUTPUT_DIR and clear away what a killed run left half written. Raises `UserError`."""
+def open_output(output_dir: Path, base: Path, found: checkpoints.Checkpoint | None) -> None:
+    """Make OUTPUT_DIR and clear away what a killed run left half written. Raises `UserError`.
+
+    found: the checkpoint that this process goes on from, which must be that of all.
+    """
     if output_dir.resolve() == base.resolve():
         raise UserError(f"--output_dir {output_dir} is the base model: it would be overwritten. Choose another folder")
     try:
@@ -120,6 +128,8 @@ def open_output(output_dir: Path, base: Path) -> None:
     if not os.access(output_dir, os.W_OK):
         raise UserError(f"--output_dir: {output_dir} cannot be written to. Choose another folder, or change its rights")
     agreement.check_output(output_dir)
+    agreement.check("what they go on from", {"the checkpoint's step": found.step if found else "none"},
+                    "Start again when all machines see the same files there")
     if processes.is_main():
         checkpoints.clean(output_dir)
     processes.meet()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from library.errors import UserError
-from library.training import processes
+from library.training import processes, sharding
 
 # Flags whose value may differ between machines: where something lies there, and what it is called there. What lies there
 # is compared itself.
@@ -50,6 +50,15 @@ def check_start(args, device_type: str) -> None:
           "Start all of them by the same command")
     check("what is installed", {"the device": device_type, **_versions()}, "Install the same on all machines")
     check("their code", _code(), "Copy the same code to all machines")
+
+
+def check_engine(accelerator) -> None:
+    """What accelerate's config, which each machine has for itself, makes of the run. Raises `UserError`."""
+    check("their config of accelerate", {
+        "mixed_precision": accelerator.mixed_precision,
+        "distributed_type": sharding.engine(accelerator),
+        **{name: value for name, value in sorted(os.environ.items()) if name.startswith(("FSDP_", "ACCELERATE_DEEPSPEED_"))}},
+        "Use one on all machines")
 
 
 def check_model(files: dict[str, Path]) -> None:
@@ -90,6 +99,8 @@ def check_table(table) -> None:
 
 def check_fault(fault: UserError) -> None:
     """Let all processes go on, to look for more faults, where each has met one here. Raises `fault` where some have not."""
+    if isinstance(fault, processes.Apart):    # it has been compared, and is of another process
+        raise fault
     try:
         processes.gather([], faulty=True)
     except processes.Apart:

@@ -200,9 +200,10 @@ def part_of_state(zero, saved: dict) -> dict:
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     if sizes != [sum(len(own) for _, own in flats) for flats in groups]:
         raise ValueError(f"its optimizer has groups of {sizes} parameters, not those of this run")
-    for given, flats in zip(saved["param_groups"], groups, strict=True):
+    for given, flats, group in zip(saved["param_groups"], groups, zero.optimizer.param_groups, strict=True):
         numbers = iter(given["params"])
-        numbered.append(given | {"params": list(range(place, place + len(flats)))})
+        ours = {name: group[name] for name in ("fused", "capturable") if name in group}    # by them torch places "step"
+        numbered.append(given | ours | {"params": list(range(place, place + len(flats)))})
         for flat, own in flats:
             found = [saved["state"].get(next(numbers), {}) for _ in own]
             if len({tuple(moments) for moments in found}) > 1:

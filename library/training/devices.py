@@ -68,6 +68,14 @@ def check_precision(mixed_precision: str, device: str) -> None:
         raise UserError("--mixed_precision bf16: this GPU has no bfloat16; use fp16")
 
 
+def check_count(device: str) -> None:
+    """Refuse more processes on this machine than it has devices: accelerate would give two of them one. Raises `UserError`."""
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device in ("cuda", "npu", "xpu") and 1 < wanted > (count := getattr(torch, device).device_count()):
+        raise UserError(f"{wanted} processes were launched on this machine, and PyTorch finds {count} of its devices ({device}): "
+                        f"give --nproc_per_node {count} (accelerate: --num_processes), or look at the list of visible devices")
+
+
 def _flash(q, k, v, mask):
     from flash_attn import flash_attn_func
     if mask is not None:

@@ -101,7 +101,8 @@ def _part_of_state(inner: torch.optim.Optimizer, part: torch.optim.Optimizer, sa
     place = {id(p): number for number, p in enumerate(_parameters(inner))}
     state, groups, number = {}, [], 0
     for given, group in zip(saved["param_groups"], part.param_groups, strict=True):
-        groups.append(given | {"params": list(range(number, number + len(group["params"])))})
+        ours = {name: group[name] for name in ("fused", "capturable") if name in group}    # by them torch places "step"
+        groups.append(given | ours | {"params": list(range(number, number + len(group["params"])))})
         for p in group["params"]:
             if place[id(p)] in saved["state"]:
                 moments = saved["state"][place[id(p)]]

@@ -125,6 +125,8 @@ def check_optimizer(args, device: str) -> None:
     name, entry = name_of(args), TABLE[name_of(args)]
     package, typed = entry.path.split(".")[0], "--optimizer " + name + " (--use_8bit_adam)" * args.use_8bit_adam
     if kind := sharding_of(args):
+        if kind == "oss" and args.optimizer_sharding != "none":
+            say("--optimizer oss: fairscale shares its state out, and --optimizer_sharding has no effect")
         _check_sharding(kind, name)
     if package in PIP and not importlib.util.find_spec(package):
         raise UserError(f"{typed} needs {package}: pip install {PIP[package]}")
@@ -155,12 +157,13 @@ def sharding_of(args) -> str | None:
 
 def _check_sharding(kind: str, name: str) -> None:
     """Refuse what has no parts that step by themselves; say where there is nothing to share."""
-    typed = "--optimizer oss" if kind == "oss" else "--optimizer_sharding zero1"
+    typed, off = {"oss": ("--optimizer oss", "another one"),
+                  "zero1": ("--optimizer_sharding zero1", "--optimizer_sharding none")}[kind]
     if name.startswith(WHOLE):
         raise UserError(f"{typed}: {name} looks at all parameters together, so that each process would find its own "
-                        f"{'weights' if name.endswith('free') else 'step size'}; use an optimizer like adamw, or leave it out")
+                        f"{'weights' if name.endswith('free') else 'step size'}; use an optimizer like adamw, or {off}")
     if name.startswith("ao-"):
-        raise UserError(f"{typed}: {name} is changed at each step in a way that cannot be shared out; use adamw_8bit")
+        raise UserError(f"{typed}: {name} is changed at each step in a way that cannot be shared out; use adamw_8bit, or {off}")
     if processes.world() == 1:
         return say(f"{typed}: one process has nobody to share the optimizer's state with, and keeps it all")
     third_patch.apply(oss=kind == "oss")

@@ -18,32 +18,44 @@ FSDP_OPTIMIZERS = ("adamw", "adamw_fused", "adamw_bf16", "sgd", "lion", "ademami
 _ASKED = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED", "MEGATRON_LM": "ACCELERATE_USE_MEGATRON_LM"}
 
 
+def engine(accelerator) -> str:
+    """accelerate's name of what joins the processes: NO, MULTI_CPU, MULTI_GPU, FSDP, DEEPSPEED, ..."""
+    return getattr(accelerator.distributed_type, "value", "NO")
+
+
 def check(accelerator, args) -> None:
     """Compare the engine that was asked for with the one that accelerate gave. Raises `UserError` where they differ.
 
     Accelerate leaves FSDP and DeepSpeed out without a word on a CPU and for one process.
     """
-    given = getattr(accelerator.distributed_type, "value", "NO")
-    asked = [engine for engine, name in _ASKED.items() if os.environ.get(name, "false").lower() in ("1", "true")]
-    for engine in asked:
-        if engine == "MEGATRON_LM":
+    given = engine(accelerator)
+    asked = [each for each, name in _ASKED.items() if os.environ.get(name, "false").lower() in ("1", "true")]
+    for each in asked:
+        if each == "MEGATRON_LM":
             raise UserError("the config of accelerate asks for Megatron-LM, which trains no diffusion model: use ddp_8.yaml or "
                             "fsdp2.yaml of config/accelerate")
-        if given != engine:
+        if given != each:
             where = "on a CPU" if accelerator.device.type == "cpu" else f"for {accelerator.num_processes} process(es)"
-            raise UserError(f"the config of accelerate asks for {engine}, which accelerate leaves out {where}, and every process "
-                            f"would hold everything: choose another config (config/accelerate), or set {_ASKED[engine]}=false")
+            raise UserError(f"the config of accelerate asks for {each}, which accelerate leaves out {where}, and every process "
+                            f"would hold everything: choose another config (config/accelerate), or set {_ASKED[each]}=false")
     if (theirs := accelerator.gradient_accumulation_steps) != args.gradient_accumulation_steps:
         raise UserError(f"the config of accelerate sets gradient_accumulation_steps to {theirs}, and the flag says "
                         f"{args.gradient_accumulation_steps}: give both the same value")
     if given in ("FSDP", "DEEPSPEED") and getattr(args, "train_text_encoder", False):
         raise UserError(f"--train_text_encoder: accelerate's {given} takes one network; use DDP, with --optimizer_sharding zero1")
+    if given in ("FSDP", "DEEPSPEED") and getattr(args, "offload_activations", False):
+        raise UserError(f"--offload_activations: with {given} gathered weights would be sent, too; use --gradient_checkpointing")
     if given in ("FSDP", "DEEPSPEED") and shares_optimizer(args):
         raise UserError(f"--optimizer_sharding zero1 (--optimizer oss) is for DDP: {given} shares the optimizer out itself")
     if given == "FSDP":
         _check_fsdp(accelerator, args)
     elif given == "DEEPSPEED":
         deepspeed_engine.check(accelerator, args)
+
+
+def prepare(accelerator, args) -> None:
+    """Have `accelerator.prepare` share out as the flags say: for DeepSpeed, which has settings of its own."""
+    if engine(accelerator) == "DEEPSPEED":
         deepspeed_engine.prepare(accelerator, args)
 
 
@@ -147,7 +159,7 @@ def kind_of(network: torch.nn.Module) -> type:
 
 def clip_grad_norm(accelerator, parameters: list[torch.nn.Parameter], most: float) -> torch.Tensor:
     """Scale the gradients (of fp16, unscaled before) down to a norm of `most` -> the norm before, over all processes' shares."""
-    if getattr(accelerator.distributed_type, "value", "NO") == "DEEPSPEED":
+    if engine(accelerator) == "DEEPSPEED":
         norm = deepspeed_engine.norm_of(accelerator)
     elif not any(is_share(p) for p in parameters):
         norm = accelerator.clip_grad_norm_(parameters, most)

@@ -5,7 +5,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from library.data.images import EXTENSIONS
-from library.training import processes
+from library.errors import UserError
+from library.training import agreement, processes
 from library.training.accelerator import say
 from library.validation import images
 
@@ -24,7 +25,11 @@ def missing(folder: str | Path, wanted: int, seed: int) -> list[int]:
     folder.mkdir(parents=True, exist_ok=True)
     lacking = max(0, wanted - count(folder))
     numbers = [number for number in range(wanted) if not (folder / _name(seed, number)).exists()][:lacking]
-    processes.meet()    # all have counted before one draws
+    # all have counted before one draws
+    agreement.check("--class_data_dir", {"the images to draw": len(numbers)}, "Name a folder that all machines share")
+    if numbers and len(processes.team(folder)) < processes.world():
+        raise UserError(f"--class_data_dir {folder} is to be filled, and is not one folder for all processes: name one that all "
+                        "machines share")
     return numbers
 
 

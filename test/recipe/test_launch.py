@@ -185,6 +185,11 @@ def test_its_flags_are_those_of_the_training_script(name, tmp_path):
                       "'--master_addr=127.0.0.1', '--master_port=7000']"}
     assert asked[name.split("_", 2)[2].rsplit("_", 1)[0]] in done.stdout
 
+    done = launch(name, "--device=cpu", "--output_dir=other", "--train_batch_size", 3, "--dataset_config=sets.toml", "--vae=v",
+                  "--pretrained_model_name_or_path=m", *machines, where=tmp_path, PYTHON=str(parser))    # by the script's names
+    assert "'train_batch_size': 3" in done.stdout and "'pretrained_model_name_or_path': 'm'" in done.stdout
+    assert "'dataset_name': None" in done.stdout and (tmp_path / "other" / f"train_{len(machines) and 1}.log").exists()
+
 
 @pytest.mark.skipif(bool(netns.lacking()), reason=netns.lacking())
 def test_two_machines(tiny_model, data, two, device, tmp_path):

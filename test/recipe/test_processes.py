@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from forks import REPOSITORY, flags, free_port, run, together, until
 from safetensors.torch import load_file
@@ -199,3 +200,18 @@ def test_torch_run_is_asked_to_stop(tiny_model, tiny_images, tmp_path, shared):
     assert going.wait(120) == 1
     stopped = re.search(r"stopped after step (\d+) of 30", log.read_text())
     assert stopped and (output / f"checkpoint-{stopped[1]}" / "manifest.json").exists()
+
+
+def test_evaluation_that_falls_to_one_process_more_often(tiny_model, tiny_images, tmp_path):
+    """One held-out image, two processes, and text encoders that are trained: the other process calls none of them."""
+    held_out, config = tiny.make_images(tmp_path / "held out", [(64, 64)]), tmp_path / "sets.json"
+    common = {"type": "local", "caption_strategy": "textfile", "crop": True, "resolution": 64, "resolution_type": "pixel"}
+    config.write_text(json.dumps([{"id": "images", "instance_data_dir": str(tiny_images), **common},
+                                  {"id": "unseen", "dataset_type": "eval", "instance_data_dir": str(held_out), **common}]))
+    output = tmp_path / "out"
+    given = flags(tiny_model, "none", output, "--data_backend_config", config, "--train_batch_size", 1, "--max_train_steps", 3,
+                  "--train_text_encoder", "--eval_steps_interval", 1, "--eval_timesteps", 2, "--rank_timeout", 20)
+    place = given.index("--train_data_dir")
+    both = together(given[:place] + given[place + 2:], tmp_path / "log", 2)
+    assert [each.wait() for each in both] == [0, 0], both[0].text() + both[1].text()
+    assert [json.loads(line)["step"] for line in (output / "evaluation.jsonl").read_text().splitlines()] == [1, 2, 3]

@@ -277,6 +277,12 @@ def test_what_was_asked_and_what_came_are_compared(env, given, more, said, parse
         sharding.check(accelerator, parse())
 
 
+def test_activations_are_not_sent_away_with_gathered_weights(parse):
+    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="FSDP"), gradient_accumulation_steps=1)
+    with pytest.raises(UserError, match="--offload_activations: with FSDP gathered weights"):
+        sharding.check(accelerator, SimpleNamespace(**vars(parse()), offload_activations=True))
+
+
 @pytest.mark.parametrize("name", [name for name in optimizers.TABLE if name.startswith((*optimizers.WHOLE, "ao-"))])
 def test_what_cannot_be_shared_out_is_refused_by_name(name, parse):
     with pytest.raises(UserError, match=f"--optimizer_sharding zero1: {name} "):

@@ -13,6 +13,7 @@ from library.data.specs import Fixed, Origin, Spec
 from library.data.table import Text, build, flatten
 from library.errors import UserError
 from library.training import agreement, processes
+from library.validation import class_images
 
 
 @pytest.fixture
@@ -151,6 +152,8 @@ def test_faults_that_not_all_meet(among):
             processes.gather(["something else"])
 
     assert among(3, check) == [None] * 3
+    with pytest.raises(processes.Apart):    # compared already: nobody is waited for
+        agreement.check_fault(processes.Apart("x"))
     ends = among(2, one)
     assert isinstance(ends[0], processes.Apart) and str(ends[1]) == "mine"
 
@@ -194,3 +197,23 @@ def test_machines_are_told_apart_and_face_each_other(monkeypatch):
                 patch.delenv(key, raising=False) if value is None else patch.setenv(key, value)
             processes.face_others()
             assert os.environ.pop("GLOO_SOCKET_IFNAME", None) == faced
+
+
+def test_what_accelerates_configs_say(among, monkeypatch):
+    def engine(precision="no", kind="MULTI_CPU"):
+        return Namespace(mixed_precision=precision, distributed_type=Namespace(value=kind))
+
+    assert among(2, lambda rank: agreement.check_engine(engine())) == [None] * 2
+    assert "mixed_precision is bf16 on rank 0 (host a) and fp16 on rank 1" in refused(
+        among(2, lambda rank: agreement.check_engine(engine("fp16" if rank else "bf16"))))
+    assert "distributed_type is MULTI_GPU on rank 0" in refused(
+        among(2, lambda rank: agreement.check_engine(engine(kind="FSDP" if rank else "MULTI_GPU"))))
+
+
+def test_class_images_go_to_one_folder(among, tmp_path):
+    assert among(2, lambda rank: class_images.missing(tmp_path / "shared", 2, 0)) == [[0, 1]] * 2
+    ends = among(2, lambda rank: class_images.missing(tmp_path / f"own{rank}", 2, 0))
+    assert all("is not one folder for all processes" in str(end) for end in ends)
+    (tmp_path / "own1" / "one.png").touch()
+    assert "the images to draw is 2 on rank 0" in refused(
+        among(2, lambda rank: class_images.missing(tmp_path / f"own{rank}", 2, 0)))

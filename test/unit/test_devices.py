@@ -168,3 +168,14 @@ def test_only_one_file_names_devices():
             if (torch_of and node.attr in ("cuda", "npu", "mps", "xpu", "backends")) or "torch_npu" in imported:
                 named.append(str(path.relative_to(REPOSITORY)))
     assert set(named) == {"library/training/devices.py"}
+
+
+def test_more_processes_than_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    devices.check_count("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    devices.check_count("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    devices.check_count("cpu")
+    with pytest.raises(UserError, match=r"8 processes were launched.*finds 4 of its devices \(cuda\): give --nproc_per_node 4"):
+        devices.check_count("cuda")

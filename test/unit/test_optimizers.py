@@ -276,6 +276,30 @@ def fall(name: str, dtype, kind=None) -> float:
     return sum(losses[:4]) - sum(losses[-4:])
 
 
+def test_what_decides_where_a_step_lies_is_this_runs(monkeypatch):
+    """torch puts a step beside its parameter for the fused kernel alone: a checkpoint may come from a device without it."""
+    def made(fused):
+        p = torch.nn.Parameter(torch.ones(2))
+        p.grad = torch.ones(2)
+        optimizer = torch.optim.AdamW([p], fused=fused)
+        optimizer.step()
+        return optimizer
+
+    seen, policy = [], "_process_value_according_to_param_policy"
+    original = getattr(torch.optim.Optimizer, policy)
+
+    def placed(param, value, place, groups, key=None):
+        seen.append(groups[0]["fused"])
+        return original(param, value, place, groups, key)
+
+    monkeypatch.setattr(torch.optim.Optimizer, policy, staticmethod(placed))
+    for own in (True, False):
+        new = made(own)
+        optimizers.load_state(SimpleNamespace(optimizer=new, load_state_dict=new.load_state_dict), made(not own).state_dict())
+        assert set(seen) == {own} and new.param_groups[0]["fused"] == own
+        seen.clear()
+
+
 @pytest.mark.parametrize("name", [name for name in HERE if TABLE[name].bf16])
 def test_bfloat16_weights_learn_as_float32_ones_do(name):
     assert fall(name, torch.bfloat16) == pytest.approx(fall(name, torch.float32), rel=0.2)
