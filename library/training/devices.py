@@ -136,6 +136,7 @@ class Attention(NamedTuple):
 
     call: Callable                # as `sdpa`
     devices: tuple[str, ...]
+    place: str                    # these in words
     package: str
     install: str
     half: bool                    # whether it takes float16 and bfloat16 alone
@@ -143,12 +144,13 @@ class Attention(NamedTuple):
 
 
 ATTENTION = {
-    "xformers": Attention(_xformers, ("cuda",), "xformers", "`pip install xformers`", False,
+    "xformers": Attention(_xformers, ("cuda",), "a CUDA or ROCm GPU", "xformers", "`pip install xformers`", False,
                           "enable_xformers_memory_efficient_attention"),
-    "flash": Attention(_flash, ("cuda",), "flash_attn", "`pip install flash-attn --no-build-isolation`", True),
-    "sageattention": Attention(_sage, ("cuda",), "sageattention", "`pip install sageattention`", True),
-    "npu": Attention(_npu, ("npu",), "torch_npu", "torch-npu of torch's version", True, "enable_npu_flash_attention")}
-_PLACES = {"cuda": "a CUDA or ROCm GPU", "npu": "an Ascend NPU"}
+    "flash": Attention(_flash, ("cuda",), "a CUDA or ROCm GPU", "flash_attn", "`pip install flash-attn --no-build-isolation`",
+                       True),
+    "sageattention": Attention(_sage, ("cuda",), "a CUDA GPU", "sageattention", "`pip install sageattention`", True),
+    "npu": Attention(_npu, ("npu",), "an Ascend NPU", "torch_npu", "torch-npu of torch's version", True,
+                     "enable_npu_flash_attention")}
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -164,8 +166,8 @@ def check_attention(mechanism: str, mixed_precision: str, device: str) -> None:
     wanted = ATTENTION[mechanism]
     typed = f"--attention_mechanism {mechanism}" + f" (--{wanted.also})" * bool(wanted.also)
     if device not in wanted.devices:
-        raise UserError(f"{typed} needs {' or '.join(_PLACES[place] for place in wanted.devices)}, and this run is on {device}: "
-                        "leave the flag out, PyTorch's own attention is as lean")
+        raise UserError(f"{typed} needs {wanted.place} and {wanted.install}, and this run is on {device}: leave the flag out, "
+                        "PyTorch's own attention is as lean")
     if not importlib.util.find_spec(wanted.package):
         raise UserError(f"{typed} needs {wanted.install}; or leave the flag out, PyTorch's own attention is as lean")
     if wanted.half and mixed_precision == "no":

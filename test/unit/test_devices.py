@@ -29,7 +29,7 @@ def cpu(one_process, monkeypatch):
     (("--enable_npu_flash_attention",),
      r"--attention_mechanism npu \(--enable_npu_flash_attention\) needs an Ascend NPU.*this run is on cpu: leave the flag out"),
     (("--attention_mechanism=flash",), "--attention_mechanism flash needs a CUDA or ROCm GPU"),
-    (("--attention_mechanism=sageattention",), "--attention_mechanism sageattention needs a CUDA or ROCm GPU"),
+    (("--attention_mechanism=sageattention",), "--attention_mechanism sageattention needs a CUDA GPU and `pip install sage"),
     (("--allow_tf32",), "--allow_tf32 is for NVIDIA GPUs; this run is on cpu")], ids=lambda value: value[0])
 def test_flags_for_other_hardware_are_refused_on_a_cpu(parse, cpu, flags, words):
     with pytest.raises(UserError, match=words):
