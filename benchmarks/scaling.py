@@ -1,15 +1,16 @@
 """Images per second of several processes with one thread and core each, joined in one run, against one process.
 
-    bash train.sh                                  # the demo's model and images
+    bash train.sh                                      # the demo's model and images
     python benchmarks/scaling.py --pretrained_model_name_or_path out/demo/model --train_data_dir out/demo/images \\
-        --resolution 64 --train_batch_size 16
-    python benchmarks/make_data.py out/bench
-    python benchmarks/scaling.py --steps 12 --pretrained_model_name_or_path out/bench/small --train_data_dir out/bench/photos \\
-        --resolution 256 --train_batch_size 4
+        --resolution 128,64 --enable_bucket --min_bucket_reso 64 --max_bucket_reso 128 --bucket_reso_steps 64 \\
+        --train_batch_size 16
+    python benchmarks/make_data.py out/bench           # a UNet of 126 M parameters
+    python benchmarks/scaling.py --steps 12 --log 3 --pretrained_model_name_or_path out/bench/small \\
+        --train_data_dir out/bench/photos --resolution 256 --center_crop --train_batch_size 4
 
 What is no flag of this script goes to the training script. Cases take turns, --rounds times: `one` process on the first core;
 `apart`, as many runs of one process at once as there are cores; `joined`, as many processes in one run. Each has the same batch
-a process. The figures are images over seconds of the optimizer steps behind the first --warm_up ones, and ratios are those of
+a process. The figures are images over seconds of the optimizer steps behind the first --log ones, and ratios are those of
 one round.
 What joined lacks to apart is communication, with waiting for each other: what cores share, memory above all, slows both.
 """
@@ -39,17 +40,17 @@ def finish(running: list[subprocess.Popen], folder: Path) -> None:
         sys.exit("\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("*.log"))))
 
 
-def rate(output: Path, warm_up: int) -> float:
+def rate(output: Path) -> float:
     """Images over seconds, of all processes of a run."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return statistics.harmonic_mean(line["images_per_s"] for line in lines[warm_up:])
+    return statistics.harmonic_mean(line["images_per_s"] for line in lines[1:])
 
 
 def measure(args, flags: list[str], folder: Path, cores: list[int]) -> dict[str, float]:
     """Images per second of each case."""
     def run(*outputs: tuple[Path, int, dict[str, str]]) -> float:
         finish([start(args.script, flags, *each) for each in outputs], folder)
-        return sum(rate(output, args.warm_up) for output in dict.fromkeys(output for output, _, _ in outputs))
+        return sum(rate(output) for output in dict.fromkeys(output for output, _, _ in outputs))
 
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port), "WORLD_SIZE": str(len(cores))}
     return {"one": run((folder / "one", cores[0], {})),
@@ -62,8 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--script", type=Path, default=HERE.parent / "train_sdxl.py", help="the training script")
     parser.add_argument("--processes", type=int, default=2, help="of the joined run, each on a core")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")
-    parser.add_argument("--warm_up", type=int, default=3, help="of which the first are not counted")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
+    parser.add_argument("--log", type=int, default=5, help="optimizer steps of a line of the log; the first is not counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--port", type=int, default=29511, help="where processes meet")
     args, flags = parser.parse_known_args()
@@ -72,8 +73,8 @@ def main() -> None:
         sys.exit(f"--processes {args.processes}: this machine has {len(cores)} cores")
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*flags, "--max_train_steps", str(args.steps), "--logging_steps", "1", "--report_to", "none", "--seed", "0",
-                 "--embedding_cache_dir", f"{folder}/cache", "--checkpointing_steps", "9999"]
+        flags = [*flags, "--max_train_steps", str(args.steps), "--logging_steps", str(args.log), "--report_to", "none",
+                 "--seed", "0", "--embedding_cache_dir", f"{folder}/cache", "--checkpointing_steps", "9999"]
         finish([start(args.script, [*flags, "--max_train_steps", "1"], Path(folder) / "first", cores[0], {})], Path(folder))
         for number in range(args.rounds):
             place = Path(folder) / str(number)
