@@ -11,6 +11,7 @@ import importlib
 import multiprocessing.forkserver
 import os
 import resource
+import signal
 import socket
 import struct
 import sys
@@ -136,6 +137,7 @@ def _run(script: str, flags: list[str], log: str, env: dict | None = None, file_
     for stream in (1, 2):
         os.dup2(handle, stream)
     os.environ.update(env or {})
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell has its background jobs ignore it, with their children
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if humble:    # no capability is left

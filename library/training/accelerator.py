@@ -30,6 +30,8 @@ def calm() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # it sets its level itself; where it is installed, transformers imports it to save a text encoder
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(diffusers|transformers|accelerate|torch|huggingface_hub|bitsandbytes)\b")
 
 
