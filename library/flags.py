@@ -15,7 +15,7 @@ from library.flags_adapter import faults_of_adapter, idle_adapter_flags
 from library.flags_data import add_cache_flags, add_data_flags, faults_of_data, idle_data_flags  # noqa: F401
 from library.flags_sd3 import add_flow_flags, faults_of_sd3, idle_sd3_flags
 from library.flags_validation import add_validation_flags, faults_of_validation, idle_validation_flags  # noqa: F401
-from library.parser import COUNT, FRACTION, NOT_NEGATIVE, Parser, number, processes, size, switch  # noqa: F401
+from library.parser import COUNT, FRACTION, NOT_NEGATIVE, Parser, launched, number, size, switch  # noqa: F401
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
                  "piecewise_constant", "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay")
@@ -237,10 +237,10 @@ def _faults_of_global_batch(parser: Parser, args: argparse.Namespace) -> list[st
         return []
     if "gradient_accumulation_steps" in parser.given:
         return ["--global_batch_size and --gradient_accumulation_steps exclude each other: one follows from the other"]
-    if args.global_batch_size == args.train_batch_size * args.gradient_accumulation_steps * processes():
+    if args.global_batch_size == args.train_batch_size * args.gradient_accumulation_steps * launched():
         return []
     return [f"--global_batch_size {args.global_batch_size} is no multiple of --train_batch_size {args.train_batch_size} x "
-            f"{processes()} process{'es' if processes() > 1 else ''}"]
+            f"{launched()} process{'es' if launched() > 1 else ''}"]
 
 
 def without_effect(parser: Parser, args: argparse.Namespace) -> list[str]:

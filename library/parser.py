@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         if stray:
             self.error(f"{' '.join(stray)!r} belongs to no flag; flags begin with --")
         if getattr(args, "global_batch_size", None):
-            steps = max(1, args.global_batch_size // (args.train_batch_size * processes()))
+            steps = max(1, args.global_batch_size // (args.train_batch_size * launched()))
             args, _ = self.parse_known_args([*argv, f"--gradient_accumulation_steps={steps}"], namespace)
         return args
 
@@ -70,8 +70,8 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**defaults)
 
 
-def processes() -> int:
-    """How many were launched."""
+def launched() -> int:
+    """How many processes the launcher has started, before they have met."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -10,6 +10,7 @@ import psutil
 import torch.distributed as dist
 
 from library.errors import UserError
+from library.parser import launched
 
 
 class Apart(UserError):
@@ -120,11 +121,6 @@ def team(folder: Path) -> list[int]:
 def share(jobs: list, ranks: list[int]) -> list:
     """This process's part of work that these ranks divide among themselves."""
     return jobs[ranks.index(rank())::len(ranks)]
-
-
-def launched() -> int:
-    """How many processes the launcher has started, before they have met."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _running() -> bool:
